@@ -483,8 +483,8 @@ def _interrupt(signum, frame): raise KeyboardInterrupt
 
 def sweep_main(argv=None) -> int:
     "The command `python -m adabatch.experiment sweep`."
-    parser = argparse.ArgumentParser(prog="python -m adabatch.experiment", description="Make the records of a grid of experiments.")
-    parser = parser.add_subparsers(required=True, metavar="sweep").add_parser("sweep", help="make the records of a grid that are not there yet")
+    commands = argparse.ArgumentParser(prog="python -m adabatch.experiment", description="Make the records of a grid of experiments.")
+    parser = commands.add_subparsers(required=True, metavar="sweep").add_parser("sweep", help="make the records of a grid that are not there yet")
     parser.add_argument("--grid", default="paper", help=f"one of {', '.join(GRIDS)} (default: paper)")
     parser.add_argument("--dataset", help="only the arms on this data set")
     parser.add_argument("--model", help="only the arms of this network")
@@ -494,7 +494,7 @@ def sweep_main(argv=None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only show the runs and their states")
     left_out = ("model", "dataset", "schedule", "seed", "resume")
     add_options(parser.add_argument_group("put into every arm"), left_out)
-    options = vars(parser.parse_args(argv))
+    options = vars(commands.parse_args(argv))
     settings = {n: options[n] for n, f in FIELDS.items() if n not in left_out and options[n] != f.default}
     return guarded(lambda: _sweep(options, settings))
 
