@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv/ first; nothing is installed anywhere else.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup run test sweep report bench lab export
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+run: setup  ## train AlexNet on digits with AdaBatch; the executed notebook and its record go to runs/
+	mkdir -p runs
+	papermill nbs/run.ipynb runs/run.ipynb -p output_dir runs
+
+test: setup  ## the notebooks, then the exported modules
+	nbdev_test --n_workers 1
+	python -m pytest -q tests
+
+sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar100 --seeds 5")
+	python -m adabatch.experiment sweep $(ARGS)
+
+report: setup  ## execute the report on outputs/, and make one HTML page of it
+	papermill nbs/report.ipynb outputs/report.ipynb
+	jupyter nbconvert --to html --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= outputs/report.ipynb
+
+bench: setup  ## seconds of each phase against the batch size, on noise
+	python tests/bench.py
+
+lab: setup  ## read and run the notebooks
+	jupyter lab nbs
+
+export: setup  ## notebooks -> adabatch/, outputs cleaned
+	nbdev_export
+	nbdev_clean

@@ -1,0 +1,132 @@
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from adabatch import data
+from adabatch.data import Folder, draw_epoch, load_data
+
+CLASSES = [f"class{k}" for k in range(10)]
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    "CIFAR-10 as class folders, with two training images and one test image a class."
+    monkeypatch.setattr(data, "CIFAR_SIZES", {"train": 20, "test": 10})
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("test", 1)):
+        for name in CLASSES:
+            folder = tmp_path / "cifar10" / split / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    return tmp_path
+
+
+def test_class_folders_are_decoded_once(tiny, monkeypatch):
+    first = load_data("cifar10", tiny)
+    assert (first.train_size, first.test_size, first.classes) == (20, 10, 10)
+    assert first.labels.tolist() == [k // 2 for k in range(20)]
+    image = np.asarray(Image.open(tiny / "cifar10/train/class3/1.png")).transpose(2, 0, 1)
+    assert (first.crops[7, :, 4, 4].numpy() == image).all()
+    monkeypatch.setattr(data, "_pixels", None)  # would fail if an image were decoded again
+    again = load_data("cifar10", tiny)
+    assert torch.equal(first.crops, again.crops) and torch.equal(first.test[0], again.test[0])
+
+
+def test_the_cache_is_made_again_when_a_file_changes_or_it_is_damaged(tiny):
+    load_data("cifar10", tiny)
+    Image.new("RGB", (32, 32), "white").save(tiny / "cifar10/train/class0/0.png")
+    assert (load_data("cifar10", tiny).crops[0, :, 4, 4] == 255).all()
+    (tiny / "cifar10.cache.npz").write_bytes(b"torn")
+    assert (load_data("cifar10", tiny).crops[0, :, 4, 4] == 255).all()
+
+
+def test_torchvisions_files(tiny, monkeypatch):
+    expected = load_data("cifar10", tiny)
+    base = tiny / "cifar-10-batches-py"
+    base.mkdir()
+    images = expected.crops[:, :, 4, 4].reshape(20, -1).numpy()
+    batches = {f"data_batch_{k + 1}": (images[4 * k:4 * k + 4], expected.labels[4 * k:4 * k + 4]) for k in range(5)}
+    batches["test_batch"] = expected.test[0].reshape(10, -1).numpy(), expected.test[1]
+    for name, (pixels, labels) in batches.items():
+        (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels.tolist()}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
+    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"):  # its checksums are not CIFAR's
+        load_data("cifar10", tiny)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    shutil.rmtree(tiny / "cifar10")
+    found = load_data("cifar10", tiny)
+    assert torch.equal(found.crops, expected.crops) and torch.equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("harm, line", [
+    (lambda d: shutil.rmtree(d / "test"), "test is missing: half a data set"),
+    (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
+    (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
+    (lambda d: (d / "test/class4/0.png").write_bytes((d / "test/class4/0.png").read_bytes()[:900]), "class4/0.png is damaged"),
+    (lambda d: Image.new("RGB", (31, 32)).save(d / "train/class2/0.png"), "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32"),
+    (lambda d: Image.new("L", (32, 32)).save(d / "train/class2/0.png"), "class2/0.png is L of 32x32"),
+])
+def test_what_is_wrong_is_named_and_nothing_is_written(tiny, harm, line):
+    harm(tiny / "cifar10")
+    with pytest.raises(ValueError, match=line):
+        load_data("cifar10", tiny)
+    assert [p.name for p in tiny.iterdir()] == ["cifar10"]
+
+
+def test_no_network(tmp_path, monkeypatch):
+    def download(*args, **kwargs): raise OSError("no network")
+    monkeypatch.setitem(data.CIFAR, "cifar10", type("Source", (), dict(base_folder="cifar-10-batches-py", __init__=download)))
+    with pytest.raises(ValueError, match=r"could not be downloaded \(no network\): put it there, as torchvision's cifar-10-batches-py/ or as class folders"):
+        load_data("cifar10", tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+
+
+def test_unknown():
+    with pytest.raises(ValueError, match="unknown data set 'svhn'"):
+        load_data("svhn")
+
+
+def test_epochs_depend_on_seed_and_number_alone():
+    a, b = draw_epoch(100, 1, 2), draw_epoch(100, 1, 2)
+    assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("order", "crop", "flip"))
+    for seed, number in ((1, 3), (2, 2), (2, 1)):
+        assert not torch.equal(a.order, draw_epoch(100, seed, number).order)
+
+
+def test_digits_are_not_mirrored_and_fake_has_cifars_shape():
+    assert not load_data("digits").draw(0, 0).flip.any()
+    fake = load_data("fake")
+    assert fake.shape == (3, 32, 32) and fake.draw(0, 0).flip.float().mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{k}.png")
+    streams = [Folder(tmp_path, workers=w, size=32) for w in (0, 2)]
+    for number in range(2):
+        one = torch.cat([x for x, _ in streams[0].train_batches(streams[0].draw(0, number), [(0, 5), (5, 12)])])
+        batches = list(streams[1].train_batches(streams[1].draw(0, number), [(0, 4), (4, 8), (8, 12)]))
+        assert torch.equal(one, torch.cat([x for x, _ in batches]))
+        workers = [w.pid for w in streams[1].train._iterator._workers]
+        if number: assert workers == before  # the same processes, with other batches
+        before = workers
+        assert sorted(torch.cat([y for _, y in batches]).tolist()) == [0] * 6 + [1] * 6
+    x, y = next(streams[1].test_batches([(0, 6)]))
+    assert x.shape == (6, 3, 32, 32) and y.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_real_images(cifar10):
+    images = load_data("cifar10", cifar10)
+    assert (images.train_size, images.test_size) == (50_000, 10_000)
+    assert images.labels.bincount().tolist() == [5000] * 10
+    pixels = images.crops[:, :, 4, 4].double().mean((0, 2, 3)) / 255
+    assert pixels.tolist() == pytest.approx(data.CIFAR_MEAN, abs=2e-4)
