@@ -222,11 +222,15 @@ def _load(e, device, world):
     world.first(lambda: box.append(load_data(e.dataset, e.data_dir, device)))
     return box[0] if box else load_data(e.dataset, e.data_dir, device)
 
-def train(e: Experiment, progress=None):
-    "Train a resolved experiment in this process, as one of several if torchrun started it, and write its record."
+def train(e: Experiment, progress=None) -> Record:
+    "Make or load the record of a resolved experiment in this process, as one of several if torchrun started it."
     path = record_path(e)
     with joined(e.device) as device, contextlib.ExitStack() as stack:
         world = World()
+        found = world.first(lambda: None if e.overwrite else existing(e))
+        if found:
+            remove_checkpoint(_checkpoint(path))  # of a run that was killed right after its record was written
+            return found
         data = _load(e, device, world)
         torch.manual_seed(e.seed)
         model = get_model(e.model, data.classes)
@@ -235,9 +239,12 @@ def train(e: Experiment, progress=None):
         world.first(lambda: (stack.enter_context(locked(path)), _adopt(e, path))[1])
         show = progress if progress and world.rank == 0 else Silent()
         history = trainer.fit(_checkpoint(path), _identity(e), e.checkpoint_minutes, show.on_epoch, show.on_update)
-        if world.rank == 0:
+
+        def finish():
             record.save(path, history, config(e), environment(e, trainer), "diverged" if trainer.diverged else "complete")
             remove_checkpoint(_checkpoint(path))
+            return record.load(path)
+        return world.first(finish)
 
 def run(
     experiment: Experiment,
@@ -246,12 +253,8 @@ def run(
     """Make the record of an experiment, or load it if it is there. TypeError, ValueError, OSError in one line if that cannot be;
     `Interrupted` if it was stopped: the same call goes on from there."""
     e = resolve(experiment)
-    found = None if e.overwrite else existing(e)
-    if found:
-        remove_checkpoint(_checkpoint(record_path(e)))  # a run that was killed right after its record was written
-        return found
-    if e.processes > 1 and "WORLD_SIZE" not in os.environ: launch(e)
-    else: train(e, progress)
+    if e.processes == 1 or "WORLD_SIZE" in os.environ: return train(e, progress)
+    if e.overwrite or not existing(e): launch(e)
     return record.load(record_path(e))
 
 # %% ../nbs/05_experiment.ipynb #c415785f

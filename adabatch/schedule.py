@@ -89,7 +89,7 @@ def fixed(
     warmup_epochs: int = 0,  # rise from `lr` to `lr * batch_size / base_batch_size` over so many epochs
     base_batch_size: int | None = None,  # batch size that `lr` was chosen for; needed by a warm-up
 ) -> Schedule:
-    "The baseline (paper, section 4): one batch size, and a learning rate that decays in steps. ValueError, TypeError on bad numbers."
+    "The paper's baseline: one batch size, and a learning rate that decays in steps. ValueError, TypeError on bad numbers."
     size, lr, decay = _whole("batch_size", batch_size), _positive("lr", lr), _positive("lr_decay", lr_decay)
     every, epochs = _whole("every", every), _whole("epochs", epochs)
     n = math.ceil(epochs / every)
@@ -107,7 +107,7 @@ def adabatch(
     warmup_epochs: int = 0,  # rise from `lr` to `lr * batch_size / base_batch_size` over so many epochs
     base_batch_size: int | None = None,  # batch size that `lr` was chosen for; needed by a warm-up
 ) -> Schedule:
-    """The batch grows at every milestone (paper, sections 3 and 4). ValueError, TypeError on bad numbers.
+    """The paper's method: the batch grows at every milestone. ValueError, TypeError on bad numbers.
 
     Once `max_batch_size` is reached, milestones multiply the learning rate by `lr_decay / growth`, so that the effective
     learning rate (lr / batch size) falls by the same factor at all of them."""

@@ -77,10 +77,17 @@ def joined(
     if size > 1 and device == "cuda": device = f"cuda:{local}"
     device = check_device(device)
     if device.type == "cuda": torch.cuda.set_device(device)
-    if size > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if size > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **_meeting_point())
     try: yield device
     finally:
         if size > 1: dist.destroy_process_group()
+
+def _meeting_point():
+    """Where the processes find one another. After `--max-restarts`, torchrun's store still holds the addresses of the processes that
+    died (pytorch issue 135712), so each start gets its own part of it; across machines the count of restarts is not the same everywhere."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == str(size)
+    return dict(store=dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store) if alone else store, rank=rank, world_size=size)
 
 def check_device(device: str) -> torch.device:
     "The `torch.device`, ValueError if this machine has no such device."

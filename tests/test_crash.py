@@ -1,0 +1,110 @@
+"""Runs killed at any moment end in the record of a run that was left alone."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from conftest import small, start
+
+from adabatch import experiment, record
+from adabatch.experiment import Experiment, existing, record_path, resolve
+
+RUN = Experiment(epochs=3, every=1, batch_size=32, max_batch_size=128, device="cpu", checkpoint_minutes=0)  # a checkpoint after every update
+
+
+def make(folder, pause=None):
+    """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count): say so in a
+    file and wait, when that function is called for the count-th time for such a path."""
+    experiment.get_model = lambda name, classes: small()
+    if pause:
+        name, ending, count = pause
+        call, calls = getattr(os, name), []
+
+        def watched(*args):
+            target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[-1])
+            calls.append(target.endswith(ending))
+            if sum(calls) == count:
+                Path(folder, "paused").touch()
+                time.sleep(60)
+            return call(*args)
+        setattr(os, name, watched)
+    experiment.run(replace(RUN, output_dir=str(folder)))
+
+
+def finished(folder, pause=None):
+    child = start(make, folder, pause)
+    child.join(60)
+    assert child.exitcode == 0
+    return existing(resolve(replace(RUN, output_dir=str(folder))))
+
+
+def test_killed_at_twenty_moments(tmp_path):
+    begin = time.monotonic()
+    whole = finished(tmp_path / "whole")
+    length = time.monotonic() - begin
+    rng = random.Random(0)
+    moments = [("fsync", ".pt.partial", rng.randint(1, 70)) for _ in range(3)]  # while a checkpoint is written
+    moments += [("replace", ".pt.previous", rng.randint(1, 70)), ("replace", ".pt", rng.randint(2, 70)), ("replace", ".pt", rng.randint(2, 70))]  # around its renaming
+    moments += [("fsync", ".npz.partial", 1), ("replace", ".npz", 1)]  # while the record is written
+    moments += [rng.uniform(0.2, 1.0) * length for _ in range(12)]
+    late = 0
+    for k, moment in enumerate(moments):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        child = start(make, folder, moment if isinstance(moment, tuple) else None)
+        if isinstance(moment, tuple):
+            deadline = time.monotonic() + 60
+            while not (folder / "paused").exists(): assert time.monotonic() < deadline and child.is_alive(); time.sleep(0.005)
+        else: time.sleep(moment)
+        late += not child.is_alive()
+        child.kill(); child.join()
+        assert record.differences(whole, finished(folder)) == [], moment
+        assert sorted(p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name and not p.name.endswith(".partial")) \
+            == [record_path(resolve(RUN)).name], moment
+    print(f"{len(moments)} moments, {late} of them after the end of the run")
+    assert late <= 8
+
+
+def torchrun(folder, *options, **kwargs):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options, "-m", "adabatch.train",
+                             "--epochs", "2", "--every", "1", "--max_batch_size", "32", "--device", "cpu", "--checkpoint_minutes", "0.02", "--output_dir", str(folder)],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def worker(launcher, rank):
+    "The process id of a rank, once its first checkpoint is there."
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes(): return int(child)
+    raise AssertionError(f"no rank {rank}")
+
+
+def wait_for(path, launcher, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline and launcher.poll() is None, f"{path} did not come"
+        time.sleep(0.02)
+
+
+def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
+    name = "digits/alexnet/adabatch-16-32-epochs2-every1-x3-seed0"
+    left_alone = torchrun(tmp_path / "whole")
+    failing = torchrun(tmp_path / "killed")
+    wait_for(tmp_path / "killed" / f"{name}.pt", failing)
+    os.kill(worker(failing, 1), signal.SIGKILL)
+    begin = time.monotonic()
+    output = failing.communicate(timeout=120)[0]
+    print(f"ended {time.monotonic() - begin:.1f} s after the kill, exit code {failing.returncode}")
+    assert failing.returncode == 1 and "Signal 9 (SIGKILL)" in output and "rank" in output
+
+    assert left_alone.wait(300) == 0
+    restarted = torchrun(tmp_path / "restarted", "--max-restarts", "1")
+    wait_for(tmp_path / "restarted" / f"{name}.pt", restarted)
+    os.kill(worker(restarted, 2), signal.SIGKILL)
+    output = restarted.communicate(timeout=300)[0]
+    assert restarted.returncode == 0, output
+    whole, again = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "restarted"))
+    assert record.differences(whole, again) == [] and again.environment["restarts"] >= 1 and again.processes.tolist() == [3, 3]
