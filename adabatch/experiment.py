@@ -329,7 +329,7 @@ def _ours(error):
     "Was it raised by a line of this package? Then its message is written for the reader, and a traceback would only hide it."
     last = error.__traceback__
     while last.tb_next: last = last.tb_next
-    return last.tb_frame.f_globals.get("__name__", "").startswith("adabatch.")
+    return last.tb_frame.f_globals.get("__package__") == "adabatch"
 
 def guarded(command) -> int:
     "The exit code of `command()`: 2 after one line if it was refused, 128 + signal if it was interrupted."
