@@ -236,7 +236,12 @@ def train(e: Experiment, progress=None) -> Record:
         model = get_model(e.model, data.classes)
         optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay)
         trainer = Trainer(model, optimizer, data, make_schedule(e), e.seed, e.drop_last, e.micro_batch, e.precision, e.compile)
-        world.first(lambda: (stack.enter_context(locked(path)), _adopt(e, path))[1])
+
+        def begin():
+            stack.enter_context(locked(path))
+            if not e.overwrite and existing(e): raise ValueError(f"{path} has just been made by another process")
+            _adopt(e, path)
+        world.first(begin)
         show = progress if progress and world.rank == 0 else Silent()
         history = trainer.fit(_checkpoint(path), _identity(e), e.checkpoint_minutes, show.on_epoch, show.on_update)
 
@@ -262,22 +267,28 @@ def arguments(e: Experiment) -> list:
     "The experiment as options of `python -m adabatch.train`."
     return [part for n, v in dataclasses.asdict(e).items() if v != FIELDS[n].default for part in (f"--{n}", str(v))]
 
+def _interrupt(signum, frame): raise KeyboardInterrupt
+
 def launch(e: Experiment):
     "Train a resolved experiment with `torchrun` on this machine. `Interrupted` if it was stopped, RuntimeError with the traceback if a process failed."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(e.processes), "-m", "adabatch.train", *arguments(e)]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // e.processes)))
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
                              env=os.environ | {"OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"})
+    before = signal.signal(signal.SIGTERM, _interrupt)
     lines, interrupted = [], False
     while True:
         try:
-            for line in child.stdout: lines.append(line), print(line, end="", flush=True)
+            for line in child.stdout:
+                lines.append(line)
+                if not interrupted or line.startswith("stopped by"): print(line, end="", flush=True)
             break
         except KeyboardInterrupt:
             interrupted = True
-            child.send_signal(signal.SIGINT)
+            child.send_signal(signal.SIGINT)  # torchrun passes it on, and says much; what the trainer says is shown
+    signal.signal(signal.SIGTERM, before)
     if child.wait() == 0: return
-    if interrupted: raise Interrupted("stopped; run it again to go on", signal.SIGINT)
+    if interrupted: raise Interrupted("stopped; the same command goes on from the last checkpoint", signal.SIGINT)
     start = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line or "error: " in line), max(0, len(lines) - 20))
     raise RuntimeError(f"a run of {e.processes} processes failed with exit code {child.returncode}:\n{''.join(lines[start:start + 40])}")
 
@@ -336,7 +347,7 @@ def guarded(command) -> int:
     first = os.environ.get("RANK", "0") == "0"  # one process speaks for all
     try: return command() or 0
     except Interrupted as stop:
-        if first: print(f"{stop}; the same command goes on from there", flush=True)
+        if first: print(stop, flush=True)
         return 128 + stop.signum
     except (TypeError, ValueError, OSError, MemoryError) as error:
         if not _ours(error): raise
@@ -459,7 +470,7 @@ class Sweep:
         if child.returncode == 0:
             if self.executor == "papermill": os.replace(notebook, path.with_suffix(".ipynb"))
             return record.load(path).summary()
-        if state(e) == "running": return "left to the process that is making it"
+        if state(e) in ("running", *record.STATUS): return "left to the process that is making it"
         if self.stopped: return "interrupted"
         self.failed.append(path)
         return "FAILED\n    " + "\n    ".join(output.strip().splitlines()[-12:])
@@ -484,8 +495,6 @@ class Sweep:
 def _clock(seconds): return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
 
 # %% ../nbs/05_experiment.ipynb #54fd01e7
-def _interrupt(signum, frame): raise KeyboardInterrupt
-
 def sweep_main(argv=None) -> int:
     "The command `python -m adabatch.experiment sweep`."
     commands = argparse.ArgumentParser(prog="python -m adabatch.experiment", description="Make the records of a grid of experiments.")

@@ -332,7 +332,7 @@ class Trainer:
         if wish == STOP:
             signum = int(self.world.agree(self.signals[0] if self.signals else 0))
             raise Interrupted(f"stopped by {signal.Signals(signum).name} after {self.update} updates of epoch {self.epoch}; "
-                              f"saved in {self.checkpoint}", signum)
+                              f"saved in {self.checkpoint}; the same command goes on from there", signum)
         self.clock.start()
 
     @torch.no_grad()
