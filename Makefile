@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test sweep report bench lab export
+.PHONY: setup run test sweep report gpu bench lab export
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -25,9 +25,13 @@ test: setup  ## the notebooks, then the exported modules
 sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar100 --seeds 5")
 	python -m adabatch.experiment sweep $(ARGS)
 
-report: setup  ## execute the report on outputs/, and make one HTML page of it
+report: setup  ## execute the report on outputs/, and make one HTML page and the README's figure of it
 	papermill nbs/report.ipynb outputs/report.ipynb
+	python -c 'from adabatch.analysis import *; plot_curves(collect("outputs"), "digits", "test_error", {}).savefig("outputs/digits_test_error.png", dpi=80)'
 	jupyter nbconvert --to html --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= outputs/report.ipynb
+
+gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
+	python -m adabatch.gpu $(ARGS)
 
 bench: setup  ## seconds of each phase against the batch size, on noise
 	python tests/bench.py

@@ -301,11 +301,7 @@ class Silent:
 class Progress(Silent):
     "A printed line an epoch, and a bar for the epoch under way where it can be wiped out again: on a terminal or in a notebook."
     def __init__(self, e: Experiment):
-        self.epochs, self.epoch, self.drawn = e.epochs, None, 0.0
-        self.handle = None
-        if "ipykernel" in sys.modules:
-            from IPython.display import display
-            self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+        self.epochs, self.epoch, self.drawn, self.handle = e.epochs, None, 0.0, None
 
     def on_update(self, epoch, update, updates):
         self.epoch = epoch
@@ -315,6 +311,9 @@ class Progress(Silent):
 
     def _draw(self, text):
         if self.handle: self.handle.update({"text/plain": text}, raw=True)
+        elif "ipykernel" in sys.modules:
+            from IPython.display import display
+            self.handle = display({"text/plain": text}, raw=True, display_id=True)
         elif sys.stdout.isatty(): print(f"\r{text:78s}\r", end="", flush=True)
 
     def on_epoch(self, row):

@@ -100,8 +100,10 @@ def plot_run(records: dict):  # a label for each `Record`
             epochs = np.arange(1, r.epochs + 1)
             if name in ("train_loss", "test_error"): ax.plot(epochs, r.arrays[name], marker=".", label=label, color=f"C{i}")
             else: ax.step(epochs, r.arrays[name], where="mid", label=label, color=f"C{i}")
-        ax.set(xlabel="epoch", ylabel=title, yscale="log" if name in ("batch_size", "lr") else "linear")
-    axes.flat[0].legend()
+        ax.set(xlabel="epoch", ylabel=title, yscale="log" if name == "lr" else "linear")
+    axes[1, 0].set_yscale("log", base=2)
+    axes[1, 0].yaxis.set_major_formatter("{x:.0f}")
+    axes[0, 0].legend()
     return fig
 
 def plot_phases(record: Record):

@@ -134,8 +134,10 @@ def plot_schedule(
     for i, (label, s) in enumerate(schedules.items()):
         epochs = range(s.epochs)
         lines = [s.at(e).batch_size for e in epochs], [s.lr(e) for e in epochs], [s.updates(e, samples, drop_last) for e in epochs]
-        for ax, line in zip(axes, lines): ax.step(epochs, line, where="post", label=label, color=f"C{i}", ls=["-", "--", ":"][i % 3])
+        for ax, line in zip(axes, lines): ax.stairs(line, range(s.epochs + 1), baseline=None, label=label, color=f"C{i}", ls=["-", "--", ":"][i % 3], lw=1.5)
     for ax, title in zip(axes, ("batch size (samples)", "learning rate", "updates per epoch")):
         ax.set(xlabel="epoch", ylabel=title, yscale="log")
-    axes[0].legend()
+    axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter("{x:.0f}")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(schedules))
     return fig
