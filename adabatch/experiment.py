@@ -69,7 +69,7 @@ RECIPES = {  # (data, network) -> values; `decay` is that of the effective learn
     ("cifar", "alexnet"): _CIFAR | dict(batch_size=256, max_batch_size=4096),
     ("cifar", "resnet20"): _CIFAR | dict(batch_size=128, max_batch_size=2048),
     ("cifar", "vgg19bn"): _CIFAR | dict(batch_size=128, max_batch_size=2048),
-    ("digits", "alexnet"): _DIGITS, ("digits", "resnet20"): _DIGITS, ("digits", "vgg19bn"): _DIGITS,
+    ("digits", "alexnet"): _DIGITS, ("digits", "resnet20"): _DIGITS, ("digits", "vgg19bn"): _DIGITS | dict(lr=0.0025),
     ("imagenet", "alexnet_imagenet"): _IMAGENET | dict(lr=0.01), ("imagenet", "resnet50"): _IMAGENET | dict(lr=0.1),
 }
 

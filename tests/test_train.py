@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 from conftest import small, together
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from adabatch import train
 from adabatch.data import Images, load_data
@@ -349,3 +350,21 @@ def test_devices_that_are_not_there():
     with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"): train.check_device("cuda:77")
     with pytest.raises(ValueError, match="unknown device 'gpu'"): train.check_device("gpu")
     with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"): trainer(fixed(2048, lr=0.1))
+
+
+def synchronised(folder):
+    "Counts the exchanges of gradients in two updates of four pieces a process."
+    with joined("cpu"):
+        t = trainer(fixed(128, lr=0.02, epochs=1), data=Watched(256), micro_batch=16)
+        exchanges = []
+
+        def count(state, bucket):
+            exchanges.append(bucket.index())
+            return allreduce_hook(None, bucket)
+        t.net.register_comm_hook(None, count)
+        t.fit()
+        assert exchanges.count(0) == 2, exchanges
+
+
+def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
+    together(2, synchronised, str(tmp_path))
