@@ -453,7 +453,7 @@ class Sweep:
         given = arguments(e)
         if self.executor == "process": return [sys.executable, "-m", "adabatch.train", *given]
         parameters = [part for name, value in zip(given[::2], given[1::2]) for part in ("-p", name[2:], value)]
-        return [sys.executable, "-m", "papermill", str(NOTEBOOK), str(notebook), "--no-progress-bar", *parameters]
+        return [sys.executable, "-m", "papermill", os.path.relpath(NOTEBOOK), str(notebook), "--no-progress-bar", *parameters]
 
     def _make(self, e):
         "One run. Returns what to say of it."
