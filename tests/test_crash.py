@@ -13,7 +13,7 @@ from conftest import small, start, together
 from adabatch import experiment, record
 from adabatch.experiment import Experiment, existing, record_path, resolve
 
-RUN = Experiment(epochs=3, every=1, batch_size=32, max_batch_size=128, device="cpu", checkpoint_minutes=0)  # a checkpoint after every update
+RUN = Experiment(epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0)  # a checkpoint after every update
 
 
 def make(folder, pause=None):
@@ -48,8 +48,8 @@ def test_killed_at_twenty_moments(tmp_path):
     whole = finished(tmp_path / "whole")
     length = time.monotonic() - begin
     rng = random.Random(0)
-    moments = [("fsync", ".pt.partial", rng.randint(1, 70)) for _ in range(3)]  # while a checkpoint is written
-    moments += [("replace", ".pt.previous", rng.randint(1, 70)), ("replace", ".pt", rng.randint(2, 70)), ("replace", ".pt", rng.randint(2, 70))]  # around its renaming
+    moments = [("fsync", ".pt.partial", rng.randint(1, 15)) for _ in range(3)]  # while a checkpoint is written
+    moments += [("replace", ".pt.previous", rng.randint(1, 15)), ("replace", ".pt", rng.randint(2, 15)), ("replace", ".pt", rng.randint(2, 15))]  # around its renaming
     moments += [("fsync", ".npz.partial", 1), ("replace", ".npz", 1)]  # while the record is written
     moments += [rng.uniform(0.1, 0.9) * length for _ in range(12)]
     late = 0
