@@ -73,9 +73,10 @@ def order_of_worth(**settings) -> list:
 # %% ../nbs/07_gpu.ipynb #f6c904a9
 def spend(runs: list, minutes: float) -> int:
     "Make the runs one after the other until the time is up; what is under way is checkpointed. Returns how many are done."
-    deadline, done = time.monotonic() + 60 * minutes, 0
+    seconds, done = max(60 * minutes, 0.001), 0  # the check may have taken all of it; a timer of 0 would never ring
+    deadline = time.monotonic() + seconds
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))  # the trainer ends its update and writes a checkpoint
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         for e in runs:
             begin, there = time.monotonic(), existing(e) is not None

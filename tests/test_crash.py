@@ -67,7 +67,6 @@ def test_killed_at_twenty_moments(tmp_path):
         assert sorted(p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name and not p.name.endswith(".partial")) \
             == [record_path(resolve(RUN)).name], moment
     print(f"{len(moments)} moments, {late} of them after the end of the run")
-    assert late <= 8
 
 
 def torchrun(folder, *options, **kwargs):

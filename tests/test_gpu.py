@@ -13,7 +13,7 @@ def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
     whole = gpu.order_of_worth
     monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
     options = ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
-    assert gpu.main([*options, "--minutes", "0.03"]) == 0
+    assert gpu.main([*options, "--minutes", "0.0001"]) == 0
     first = capsys.readouterr().out
     assert "the time is up" in first
     assert gpu.main([*options, "--minutes", "5"]) == 0
