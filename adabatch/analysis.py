@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from . import record
-from .experiment import NETWORKS, arm, select
+from .experiment import NETWORKS, arm, recipe, select
 from .record import Record
 
 # %% ../nbs/06_analysis.ipynb #a24676ca
@@ -91,8 +91,8 @@ def coverage(evidence: Evidence, grid: str, seeds: int) -> str:
 
 def trio(dataset: str, model: str, suffix: str = "") -> list:
     "The three arms of a comparison: smallest fixed batch, largest fixed batch, AdaBatch."
-    small, large = (256, 4096) if model == "alexnet" else (128, 2048)
-    if dataset == "digits": small, large = 16, 256
+    usual = recipe(model, dataset, "adabatch")
+    small, large = usual["batch_size"], usual["max_batch_size"]
     return [f"fixed-{small}{suffix}", f"fixed-{large}{suffix}", f"adabatch-{small}-{large}{suffix}"]
 
 def error_table(evidence: Evidence, dataset: str, t4: dict, suffix: str = "", models: tuple = NETWORKS) -> str:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FIELDS', 'WHERE', 'CUTS', 'RECIPES', 'HERE', 'NETWORKS', 'GRIDS', 'NOTEBOOK', 'Experiment', 'recipe', 'resolve',
            'make_schedule', 'arm', 'record_path', 'config', 'describe', 'locked', 'existing', 'environment', 'train',
-           'run', 'arguments', 'launch', 'Silent', 'Progress', 'add_options', 'guarded', 'main', 'from_notebook',
-           'three_arms', 'select', 'state', 'Sweep', 'sweep_main']
+           'run', 'arguments', 'launch', 'Silent', 'Progress', 'add_options', 'given', 'guarded', 'main',
+           'from_notebook', 'three_arms', 'select', 'state', 'Sweep', 'sweep_main']
 
 # %% ../nbs/05_experiment.ipynb #5ad85d81
 import argparse, ast, contextlib, dataclasses, difflib, json, os, platform, shutil, signal, subprocess, sys, time, types
@@ -335,6 +335,10 @@ def add_options(parser: argparse.ArgumentParser, leave_out=()):
         shown = "" if f.default is None else f" (default: {f.default})"
         parser.add_argument(f"--{name}", default=f.default, metavar=kind.__name__, help=f.metadata["help"] + shown, **more)
 
+def given(options: dict, leave_out=()) -> dict:
+    "Those of the options added by `add_options` that are not the defaults."
+    return {n: options[n] for n, f in FIELDS.items() if n not in leave_out and options[n] != f.default}
+
 def _ours(error):
     "Was it raised by a line of this package? Then its message is written for the reader, and a traceback would only hide it."
     last = error.__traceback__
@@ -430,9 +434,9 @@ def state(e: Experiment) -> str:
         return f"interrupted in epoch {saved['epoch'] + 1} of {e.epochs}" if saved else "to do"
     except ValueError as error: return "running" if "another process" in str(error) else str(error)
 
-def _finished(e, executor):
-    "Is there nothing left to do for a run?"
-    return state(e) in record.STATUS and (executor == "process" or record_path(e).with_suffix(".ipynb").exists())
+def _finished(e, executor, found):
+    "Is there nothing left to do for a run whose state is `found`?"
+    return found in record.STATUS and (executor == "process" or record_path(e).with_suffix(".ipynb").exists())
 
 class Sweep:
     "Makes the records of resolved experiments, each in a process of its own."
@@ -444,9 +448,12 @@ class Sweep:
 
     def table(self) -> str:
         "The runs with their states, and how many are left."
-        rows = [f"{record_path(e).as_posix():70s} {state(e)}{'' if _finished(e, self.executor) or state(e) not in record.STATUS else ', no notebook'}"
-                for e in self.experiments]
-        left = sum(not _finished(e, self.executor) for e in self.experiments)
+        rows, left = [], 0
+        for e in self.experiments:
+            found = state(e)
+            open_ = not _finished(e, self.executor, found)
+            left += open_
+            rows.append(f"{record_path(e).as_posix():70s} {found}{', no notebook' if open_ and found in record.STATUS else ''}")
         return "\n".join([*rows, f"{len(self.experiments)} runs, {left} left to do"])
 
     def _command(self, e, notebook):
@@ -457,7 +464,7 @@ class Sweep:
 
     def _make(self, e):
         "One run. Returns what to say of it."
-        if self.stopped or _finished(e, self.executor): return None
+        if self.stopped or _finished(e, self.executor, state(e)): return None
         path = record_path(e)
         notebook = path.with_suffix(".partial.ipynb")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -469,7 +476,7 @@ class Sweep:
         if child.returncode == 0:
             if self.executor == "papermill": os.replace(notebook, path.with_suffix(".ipynb"))
             return record.load(path).summary()
-        if state(e) in ("running", *record.STATUS): return "left to the process that is making it"
+        if "made by another process" in output: return "left to the process that is making it"
         if self.stopped: return "interrupted"
         self.failed.append(path)
         return "FAILED\n    " + "\n    ".join(output.strip().splitlines()[-12:])
@@ -508,8 +515,7 @@ def sweep_main(argv=None) -> int:
     left_out = ("model", "dataset", "schedule", "seed", "resume")
     add_options(parser.add_argument_group("put into every arm"), left_out)
     options = vars(commands.parse_args(argv))
-    settings = {n: options[n] for n, f in FIELDS.items() if n not in left_out and options[n] != f.default}
-    return guarded(lambda: _sweep(options, settings))
+    return guarded(lambda: _sweep(options, given(options, left_out)))
 
 def _sweep(options, settings):
     sweep = Sweep(select(options["grid"], options["seeds"], options["dataset"], options["model"], **settings), options["executor"], options["jobs"])

@@ -13,26 +13,27 @@ from pathlib import Path
 import torch
 
 from .data import load_data
-from .experiment import FIELDS, GRIDS, add_options, existing, guarded, record_path, resolve, run
+from .experiment import GRIDS, add_options, existing, given, guarded, record_path, resolve, run
 from .models import get_model
 from .schedule import adabatch
 from .train import Interrupted, Trainer, best_device
 
 # %% ../nbs/07_gpu.ipynb #e878fcf0
-def _short(device, dtype=torch.float64, model="alexnet", **settings):
-    "A trainer for a few updates on digits, and its schedule's growth."
+def _short(device, dtype=torch.float64, **settings):
+    "A trainer of AlexNet for a few updates on digits, with a batch that grows."
     torch.manual_seed(0)
-    net = get_model(model).to(dtype)
+    net = get_model("alexnet").to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     data = load_data("digits", device=device)
     data.train_size, data.test_size = 128, 50  # a few updates tell as much as many
     return Trainer(net, optimizer, data, adabatch(32, 64, lr=0.01, every=1, epochs=2), **settings)
 
-def _trained(*args, **settings):
+def _weights(trainer, checkpoint=None):
     "Its weights after the training, as one float64 vector on the CPU."
-    trainer = _short(*args, **settings)
-    trainer.fit()
+    trainer.fit(checkpoint)
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).double().cpu()
+
+def _trained(*args, **settings): return _weights(_short(*args, **settings))
 
 def _apart(a, b): return ((a - b).norm() / b.norm()).item()
 
@@ -43,9 +44,7 @@ def _resumed(device):
     with tempfile.TemporaryDirectory() as tmp:
         try: _short(device).fit(f"{tmp}/run.pt", on_update=stop)
         except Interrupted: pass
-        trainer = _short(device)
-        trainer.fit(f"{tmp}/run.pt")
-    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).double().cpu()
+        return _weights(_short(device), f"{tmp}/run.pt")
 
 def check(device: str, compile: bool = False) -> bool:
     "Print how far the ways of computing the same training are apart, relative to its weights. True if all are within their bounds."
@@ -103,8 +102,7 @@ def main(argv=None) -> int:
     left_out = ("model", "dataset", "schedule", "seed", "resume", "overwrite")
     add_options(parser, left_out)
     options = vars(parser.parse_args(argv))
-    settings = {n: options[n] for n, f in FIELDS.items() if n not in left_out and options[n] != f.default}
-    return guarded(lambda: _spend(options, settings))
+    return guarded(lambda: _spend(options, given(options, left_out)))
 
 def _spend(options, settings):
     begin = time.monotonic()
