@@ -1,4 +1,4 @@
-"""Helpers that start real processes. They are forked from a server that has imported PyTorch already, so that each starts at once."""
+"""Helpers that start real processes. They are forked from a server that has imported what takes long already, so that each starts at once."""
 import multiprocessing
 import os
 import socket
@@ -10,7 +10,7 @@ import torch
 
 torch.set_num_threads(1)  # the networks of the tests are too small to be worth more
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["adabatch.experiment", "torch._dynamo"])
+processes.set_forkserver_preload(["adabatch.experiment", "sklearn.datasets", "torch._dynamo"])
 
 
 def small(dtype=torch.float32):
