@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'WHERE', 'CUTS', 'RECIPES', 'HERE', 'NETWORKS', 'GRIDS', 'NOTEBOOK', 'Experiment', 'recipe', 'resolve',
-           'make_schedule', 'arm', 'record_path', 'config', 'describe', 'locked', 'existing', 'environment', 'train',
-           'run', 'arguments', 'launch', 'Silent', 'Progress', 'add_options', 'given', 'guarded', 'main',
+           'make_schedule', 'arm', 'unnamed', 'record_path', 'config', 'describe', 'locked', 'existing', 'environment',
+           'train', 'run', 'arguments', 'launch', 'Silent', 'Progress', 'add_options', 'given', 'guarded', 'main',
            'from_notebook', 'three_arms', 'select', 'state', 'Sweep', 'sweep_main']
 
 # %% ../nbs/05_experiment.ipynb #5ad85d81
-import argparse, ast, contextlib, dataclasses, difflib, json, os, platform, shutil, signal, subprocess, sys, time, types
+import argparse, ast, contextlib, dataclasses, difflib, json, os, platform, signal, subprocess, sys, time, types
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from .data import DATASETS, load_data
 from .models import get_model, model_name
 from .record import Record
 from .schedule import Schedule, adabatch, fixed
-from .train import PRECISIONS, Interrupted, Trainer, World, best_device, check_device, joined, load_checkpoint, remove_checkpoint
+from .train import PRECISIONS, Interrupted, Trainer, World, best_device, check_device, checkpoint_files, joined, load_checkpoint, remove_checkpoint, save_checkpoint
 
 # %% ../nbs/05_experiment.ipynb #c7620502
 def _option(default, help): return field(default=default, metadata={"help": help})
@@ -53,7 +53,7 @@ class Experiment:
     data_dir: str = _option("data", "folder of the data sets")
     output_dir: str = _option("outputs", "folder of the records")
     overwrite: bool = _option(False, "train anew where a record is there already")
-    checkpoint_minutes: float = _option(10.0, "write a checkpoint within an epoch after so many minutes")
+    checkpoint_minutes: float = _option(2.0, "minutes between checkpoints")
     resume: str = _option("any", "carry on an interrupted run of the same experiment: any, or only one with its own processes and micro_batch")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
@@ -112,7 +112,7 @@ def resolve(experiment: Experiment) -> Experiment:
     for name in ("micro_batch", "processes"):
         if getattr(e, name) is not None and getattr(e, name) < 1: raise ValueError(f"{name} must be at least 1, not {getattr(e, name)}")
     for name in ("momentum", "weight_decay", "seed", "checkpoint_minutes"):
-        if not 0 <= getattr(e, name) < float("inf"): raise ValueError(f"{name} must not be negative or infinite, not {getattr(e, name)}")
+        if not 0 <= getattr(e, name) < float("inf"): raise ValueError(f"{name} must be finite and not negative, not {getattr(e, name)}")
     if started and e.processes != int(started): raise ValueError(f"processes is {e.processes}, but torchrun started {started}")
     if not started: check_device(e.device)
     make_schedule(e)
@@ -131,7 +131,12 @@ def arm(e: Experiment) -> str:
     "The name of a resolved experiment's arm, such as `adabatch-128-2048-accum64`."
     usual = recipe(e.model, e.dataset, e.schedule)
     name = f"fixed-{e.batch_size}" if e.schedule == "fixed" else f"adabatch-{e.batch_size}-{e.max_batch_size}"
-    return "-".join([name, *(s.format(getattr(e, n)) for n, s in _SUFFIXES.items() if getattr(e, n) != usual[n])])
+    return "-".join([name, *(s.format(getattr(e, n)) for n, s in _SUFFIXES.items() if getattr(e, n) != usual[n])] + ["compile"] * e.compile)
+
+def unnamed(e: Experiment) -> list:
+    "The settings in which a resolved experiment differs from the recipe without its arm's name saying so."
+    told = {*_SUFFIXES, "batch_size", "max_batch_size"}
+    return [n for n, v in recipe(e.model, e.dataset, e.schedule).items() if n not in told and getattr(e, n) != v]
 
 def record_path(e: Experiment) -> Path:
     "Where a resolved experiment's record lies: `<output_dir>/<dataset>/<model>/<arm>-seed<k>.npz`."
@@ -176,12 +181,12 @@ def _identity(e): return {n: v for n, v in config(e).items() if n not in CUTS}
 def _adopt(e, path):
     "Take over the checkpoint of the same experiment that was interrupted under other processes or another micro-batch."
     own = _checkpoint(path)
-    if e.resume == "own" or own.exists(): return
+    if e.resume == "own" or checkpoint_files(own): return
     for other in sorted(path.parent.glob(f"*-seed{e.seed}.pt")):
         with contextlib.suppress(ValueError), locked(other.with_suffix(".npz")):
-            if json.loads(load_checkpoint(other)["identity"]) == _identity(e):
-                shutil.copyfile(other, partial := Path(f"{own}.partial"))
-                os.replace(partial, own)
+            state = load_checkpoint(other)
+            if state and json.loads(state["identity"]) == _identity(e):
+                save_checkpoint(own, state)
                 return print(f"carrying on {other}, which was cut in another way; remove it if it is no longer needed", flush=True)
 
 def existing(e: Experiment) -> Record | None:
@@ -222,8 +227,8 @@ def _load(e, device, world):
     world.first(lambda: box.append(load_data(e.dataset, e.data_dir, device)))
     return box[0] if box else load_data(e.dataset, e.data_dir, device)
 
-def train(e: Experiment, progress=None) -> Record:
-    "Make or load the record of a resolved experiment in this process, as one of several if torchrun started it."
+def train(e: Experiment, progress=None, data=None) -> Record:
+    "Make or load the record of a resolved experiment in this process, as one of several if torchrun started it. `data`: its data set, if loaded."
     path = record_path(e)
     with joined(e.device) as device, contextlib.ExitStack() as stack:
         world = World()
@@ -231,7 +236,7 @@ def train(e: Experiment, progress=None) -> Record:
         if found:
             remove_checkpoint(_checkpoint(path))  # of a run that was killed right after its record was written
             return found
-        data = _load(e, device, world)
+        data = data or _load(e, device, world)
         torch.manual_seed(e.seed)
         model = get_model(e.model, data.classes)
         optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay)
@@ -404,7 +409,7 @@ GRIDS = {
         + [Experiment(m, "cifar100", micro_batch=64) for m in NETWORKS]  # as the T4 reproduction grew its batch
         + [e for m in ("vgg19bn", "resnet20") for e in _several_devices(m)]
         + [Experiment(m, "cifar100", "fixed", 2048, warmup_epochs=5) for m in ("vgg19bn", "resnet20")],
-    "digits": [e for m in NETWORKS for e in three_arms(m, "digits")],
+    "digits": [e for m in NETWORKS for e in three_arms(m, "digits")] + [Experiment(m, "digits", "fixed", 256, warmup_epochs=2) for m in NETWORKS],
 }
 
 def select(
@@ -416,6 +421,7 @@ def select(
 ) -> list:
     "The runs of a grid, resolved: the first seed of every arm, then the second. ValueError, TypeError in one line."
     _choose("grid", grid, tuple(GRIDS))
+    if seeds < 1: raise ValueError(f"seeds must be at least 1, not {seeds}")
     arms = [e for e in GRIDS[grid] if dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)]
     if not arms: raise ValueError(f"no arm of the grid {grid} is of model {model} and dataset {dataset}")
     return [resolve(replace(e, seed=seed, resume="own", **settings)) for seed in range(seeds) for e in arms]
@@ -442,6 +448,7 @@ class Sweep:
     "Makes the records of resolved experiments, each in a process of its own."
     def __init__(self, experiments: list, executor: str = "papermill", jobs: int = 1):
         _choose("executor", executor, ("papermill", "process"))
+        if jobs < 1: raise ValueError(f"jobs must be at least 1, not {jobs}")
         if executor == "papermill" and not NOTEBOOK.exists(): raise ValueError("nbs/run.ipynb is not beside the package: use --executor process")
         self.experiments, self.executor, self.jobs = experiments, executor, jobs
         self.failed, self.children, self.stopped = [], set(), False

@@ -6,14 +6,14 @@
 __all__ = ['check', 'order_of_worth', 'spend', 'pack', 'main']
 
 # %% ../nbs/07_gpu.ipynb #1163efbd
-import argparse, signal, sys, tarfile, tempfile, time
+import argparse, os, signal, sys, tarfile, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .data import load_data
-from .experiment import GRIDS, add_options, existing, given, guarded, record_path, resolve, run
+from .experiment import GRIDS, Experiment, add_options, existing, given, guarded, record_path, resolve, train
 from .models import get_model
 from .schedule import adabatch
 from .train import Interrupted, Trainer, best_device
@@ -46,13 +46,19 @@ def _resumed(device):
         except Interrupted: pass
         return _weights(_short(device), f"{tmp}/run.pt")
 
+def _whole_run(device):
+    "The training loss of an epoch of ResNet-20 on digits, made as the runs below are."
+    with tempfile.TemporaryDirectory() as tmp:
+        return train(resolve(Experiment("resnet20", "digits", "fixed", 256, epochs=1, device=device, output_dir=tmp))).train_loss[0]
+
 def check(device: str, compile: bool = False) -> bool:
     "Print how far the ways of computing the same training are apart, relative to its weights. True if all are within their bounds."
     plain = _trained(device)
     found = [("device against CPU, float64", _apart(plain, _trained("cpu")), 1e-9),
              ("micro-batches of 20 against whole batches, float64", _apart(_trained(device, micro_batch=20), plain), 1e-9),
              ("the same training twice, float64", _apart(_trained(device), plain), 1e-9),
-             ("stopped and resumed, float64", _apart(_resumed(device), plain), 1e-9)]
+             ("stopped and resumed, float64", _apart(_resumed(device), plain), 1e-9),
+             ("training loss of a whole run, ResNet-20, fp32, against the CPU's", abs(_whole_run(device) / _whole_run("cpu") - 1), 0.02)]
     if compile: found.append(("compiled against plain, fp32", _apart(_trained(device, torch.float32, compile=True), _trained(device, torch.float32)), 1e-3))
     for question, apart, bound in found: print(f"{'ok ' if apart <= bound else 'BAD'} {question}: {apart:.1e} (bound {bound:.0e})", flush=True)
     return all(apart <= bound for _, apart, bound in found)
@@ -61,6 +67,7 @@ def check(device: str, compile: bool = False) -> bool:
 def order_of_worth(**settings) -> list:
     "All runs, resolved. `settings` (precision, compile, epochs, ...) go into every run but the timings'."
     one = [e for e in GRIDS["paper"] if e.processes is None and e.micro_batch is None and e.warmup_epochs is None]
+    one.sort(key=lambda e: ("alexnet", "resnet20", "vgg19bn").index(e.model))
     timing = [replace(e, epochs=5, every=1) for e in one]
     accumulated = [e for e in GRIDS["paper"] if e.micro_batch]
     large = [replace(e, processes=None) for e in GRIDS["paper"] if e.warmup_epochs]
@@ -70,34 +77,47 @@ def order_of_worth(**settings) -> list:
     return list(dict.fromkeys([*put(one, settings), *put(timing, where), *put(accumulated + large + decisive, settings)]))
 
 # %% ../nbs/07_gpu.ipynb #f6c904a9
+def _make(e, loaded):
+    "Make one run, unless it is there; the data set stays in `loaded` for the next. Says what came of it. True if the record is there."
+    begin, name = time.monotonic(), record_path(e).as_posix()
+    try:
+        if existing(e): return True
+        if loaded.get("name") != e.dataset: loaded |= dict(name=e.dataset, data=load_data(e.dataset, e.data_dir, e.device))
+        print(f"{name}: {train(e, data=loaded['data']).summary()} [{time.monotonic() - begin:.0f} s]", flush=True)
+        return True
+    except (Interrupted, KeyboardInterrupt): raise
+    except Exception as error: print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
+    return False
+
 def spend(runs: list, minutes: float) -> int:
     "Make the runs one after the other until the time is up; what is under way is checkpointed. Returns how many are done."
-    seconds, done = max(60 * minutes, 0.001), 0  # the check may have taken all of it; a timer of 0 would never ring
-    deadline = time.monotonic() + seconds
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))  # the trainer ends its update and writes a checkpoint
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    deadline, done, loaded = time.monotonic() + 60 * minutes, 0, {}
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))  # the trainer ends its update and writes a checkpoint
     try:
         for e in runs:
-            begin, there = time.monotonic(), existing(e) is not None
-            result = run(e)
-            done += 1
-            if not there: print(f"{record_path(e).as_posix()}: {result.summary()} [{time.monotonic() - begin:.0f} s; {deadline - time.monotonic():.0f} s left]", flush=True)
+            left = deadline - time.monotonic()
+            if left <= 0: raise KeyboardInterrupt
+            signal.setitimer(signal.ITIMER_REAL, left)  # again for each run: one that rings while a run is being finished is not heard
+            done += _make(e, loaded)
     except (Interrupted, KeyboardInterrupt): print("the time is up", flush=True)
-    finally: signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     return done
 
 def pack(output_dir: str, archive: str):
-    "One file with the records, and the last checkpoints of what is under way."
-    with tarfile.open(archive, "w") as tar:
-        for path in sorted(Path(output_dir).rglob("*")):
-            if path.suffix in (".npz", ".pt"): tar.add(path, path.relative_to(output_dir))
+    "One file, whole at every moment, with all records."
+    with tarfile.open(partial := f"{archive}.partial", "w") as tar:
+        for path in sorted(Path(output_dir).rglob("*.npz")): tar.add(path, path.relative_to(output_dir))
+    os.replace(partial, archive)
 
 # %% ../nbs/07_gpu.ipynb #a2996749
 def main(argv=None) -> int:
     "The command `python -m adabatch.gpu`."
     parser = argparse.ArgumentParser(prog="python -m adabatch.gpu", description="Check the device, then make the paper's runs in order of worth until the time is up.")
     parser.add_argument("--minutes", type=float, default=9, help="stop by itself after so long (default: 9)")
-    parser.add_argument("--archive", default="gpu.tar", help="file to put records and checkpoints into at the end (default: gpu.tar)")
+    parser.add_argument("--archive", default="gpu.tar", help="file to put the records into at the end (default: gpu.tar)")
+    parser.add_argument("--dataset", help="only the arms on it: cifar10 or cifar100")
     parser.add_argument("--rehearse", action="store_true", help="on noise, one epoch a run, on whatever device there is")
     left_out = ("model", "dataset", "schedule", "seed", "resume", "overwrite")
     add_options(parser, left_out)
@@ -109,9 +129,9 @@ def _spend(options, settings):
     if options["rehearse"]: settings |= dict(dataset="fake", epochs=1)
     elif best_device() != "cuda": raise ValueError("no GPU here: use --rehearse to try the command itself")
     if not check(options["device"] or best_device(), options["compile"]): return 1
-    runs = order_of_worth(**settings)
+    runs = [e for e in order_of_worth(**settings) if options["dataset"] in (None, e.dataset)]
     done = spend(runs, options["minutes"] - (time.monotonic() - begin) / 60)
     pack(options["output_dir"], options["archive"])
-    print(f"{done} of {len(runs)} runs are done; {options['archive']} holds records and checkpoints")
+    print(f"{done} of {len(runs)} runs are done; {options['archive']} holds the records")
 
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -14,7 +14,7 @@ import numpy as np
 
 # %% ../nbs/04_record.ipynb #5c17a51f
 CLOCKS = tuple(f"{phase}_seconds{s}" for phase in ("data", "forward", "backward", "optimizer", "train", "resize") for s in ("", "_slowest")) + ("test_seconds",)
-COUNTS = ("batch_size", "updates", "samples", "left_out", "processes", "micro_batch")
+COUNTS = ("batch_size", "updates", "samples", "left_out", "processes", "micro_batch")  # micro_batch 0: not all of the epoch was cut alike
 MEASURES = ("lr", "train_loss", "train_error", "test_loss", "test_error")
 STATUS = ("complete", "diverged")
 

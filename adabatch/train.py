@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'GO', 'SAVE', 'STOP', 'PRECISIONS', 'TEST_BATCH', 'split', 'spans', 'share', 'pieces', 'World', 'joined',
-           'check_device', 'best_device', 'PhaseClock', 'save_checkpoint', 'load_checkpoint', 'remove_checkpoint',
-           'Interrupted', 'deferred_signals', 'Trainer']
+           'check_device', 'best_device', 'PhaseClock', 'checkpoint_files', 'save_checkpoint', 'load_checkpoint',
+           'remove_checkpoint', 'Interrupted', 'deferred_signals', 'Trainer']
 
 # %% ../nbs/03_train.ipynb #de5725a7
 import contextlib, copy, hashlib, json, math, os, signal, sys, time
@@ -96,7 +96,7 @@ def check_device(device: str) -> torch.device:
     there = {"cpu": True, "mps": torch.backends.mps.is_available(),
              "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count()}
     if not there.get(found.type): raise ValueError(f"device {device} is not there: this machine has {best_device()}")
-    return found
+    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 def best_device() -> str:
     "The fastest kind of device this machine has: cuda, mps or cpu."
@@ -117,7 +117,7 @@ class PhaseClock:
         self.mark(None)
 
     def mark(self, phase: str):
-        "What happened since the last mark was `phase`."
+        "What happened since the last mark was `phase`; None: none of them."
         now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda: now.record()
         self.marks.append((phase, now))
@@ -127,7 +127,7 @@ class PhaseClock:
         if self.cuda: torch.cuda.synchronize()
         seconds = dict.fromkeys(PHASES, 0.0)
         for (_, a), (phase, b) in zip(self.marks, self.marks[1:]):
-            seconds[phase] += a.elapsed_time(b) / 1000 if self.cuda else b - a
+            if phase: seconds[phase] += a.elapsed_time(b) / 1000 if self.cuda else b - a
         return [*seconds.values(), time.perf_counter() - self.begin]
 
 # %% ../nbs/03_train.ipynb #537295a9
@@ -145,6 +145,10 @@ def _digest(value, sha):
     return sha.hexdigest()
 
 def _previous(path): return Path(f"{path}.previous")
+
+def checkpoint_files(path: str | Path) -> list:
+    "The files there are of a checkpoint, the newer one first."
+    return [p for p in (Path(path), _previous(path)) if p.exists()]
 
 def save_checkpoint(path: str | Path, state: dict):
     "Write `state` (nested dicts and lists of tensors, numbers and strings) so that a whole file is there at every moment."
@@ -168,7 +172,7 @@ def _read(path):
 
 def load_checkpoint(path: str | Path) -> dict | None:
     "The last good checkpoint of `path`, None if there is none at all. ValueError if all that is there is damaged."
-    files = [p for p in (Path(path), _previous(path)) if p.exists()]
+    files = checkpoint_files(path)
     for p in files:
         if (state := _read(p)) is not None: return state
         print(f"note: {p} is damaged and is passed over", file=sys.stderr)
@@ -176,7 +180,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
 
 def remove_checkpoint(path: str | Path):
     "Remove what `save_checkpoint` wrote."
-    for p in (Path(path), _previous(path)): p.unlink(missing_ok=True)
+    for p in checkpoint_files(path): p.unlink(missing_ok=True)
 
 # %% ../nbs/03_train.ipynb #14eb9251
 class Interrupted(Exception):
@@ -218,7 +222,9 @@ class Trainer:
         self.seed, self.drop_last, self.micro_batch, self.precision = seed, drop_last, micro_batch, precision
         self.world, self.clock, self.device = World(), PhaseClock(data.device), data.device
         self.dtype = next(model.parameters()).dtype
-        self.net = self._prepare(torch.compile(model) if compile else model)
+        if compile: torch.compiler.reset()  # graphs of an earlier trainer count against a limit, beyond which nothing is compiled any more
+        self.core = torch.compile(model) if compile else model
+        self.net = self._prepare(self.core)
         self.epoch = self.update = 0  # where training stands: `update` updates of `epoch` are done
         self.history = []  # a dict of numbers an epoch
         self.oom_limit = self.settled = None  # largest micro-batch that fits, where it had to be found; (epoch of stage, micro-batch) in force
@@ -229,6 +235,8 @@ class Trainer:
         "Nothing has been added up yet: loss and errors on the device, seconds of the phases and the whole on the host."
         self.sums = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         self.seconds, self.resize_seconds = [0.0] * (len(PHASES) + 1), 0.0
+        self.cut = None  # (processes, micro-batch) of its updates
+        self.clock.start()
 
     def _prepare(self, net):
         "Set the precision of matrix products; wrap `net` for several processes, with its gradient buckets in their final order."
@@ -248,19 +256,19 @@ class Trainer:
 
     def _loss(self, net, x, y):
         "Sum of the cross-entropy over a batch, and the number of its samples that are classified wrongly, on the device."
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        training = torch.is_grad_enabled()  # the test's logits are float32: in bfloat16 too many of them are equal
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=training and self.precision == "bf16"):
             logits = net(x.to(self.dtype))
             return F.cross_entropy(logits, y, reduction="sum"), (logits.detach().argmax(1) != y).sum()
 
     def _fits(self, samples):
         "Try a forward and backward pass over `samples` images, leaving no trace."
         buffers = copy.deepcopy(list(self.model.buffers()))
-        try: self._loss(self.model, *self._blank(samples))[0].backward()
+        try: self._loss(self.core, *self._blank(samples))[0].backward()
         except torch.OutOfMemoryError: return False
         finally:
             for b, before in zip(self.model.buffers(), buffers): b.data.copy_(before)
             self.optimizer.zero_grad()
-            if self.device.type == "cuda": torch.cuda.empty_cache()
         return True
 
     def _settle(self, stage):
@@ -271,6 +279,7 @@ class Trainer:
         while self.world.agree(not self._fits(size)):
             if size == 1: raise MemoryError(f"not even one sample at a time fits into the memory of {self.device}")
             self.oom_limit = size = size // 2
+            if self.device.type == "cuda": torch.cuda.empty_cache()
         self.settled = stage.epoch, size
         self.resize_seconds += time.perf_counter() - begin
         return size
@@ -299,30 +308,35 @@ class Trainer:
     def _train(self):
         "The rest of the current epoch's updates."
         stage = self.schedule.at(self.epoch)
-        micro_batch = self._settle(stage)
+        cut = self.world.size, self._settle(stage)
+        self.cut = cut if self.cut in (None, cut) else (cut[0], 0)
         self.clock.start()
         updates = spans(self.data.train_size, stage.batch_size, self.drop_last)
-        todo = [(b - a, *self._portion((a, b), micro_batch)) for a, b in updates[self.update:]]
+        todo = [(b - a, *self._portion((a, b), cut[1])) for a, b in updates[self.update:]]
         batches = self.data.train_batches(self.data.draw(self.seed, self.epoch), [piece for _, portion, _ in todo for piece in portion])
+        seeds = np.random.SeedSequence([self.seed, self.epoch, self.world.rank]).generate_state(len(updates), np.uint64)
         for samples, portion, weight in todo:
             self._set_lr(self.update / len(updates))
+            self._reseed(int(seeds[self.update]))
             self._step(samples, portion, weight, batches)
             self.update += 1
             self.on_update(self.epoch, self.update, len(updates))
             self._pause()
+            self.clock.mark(None)
         self._read_clock()
-        return stage, updates, micro_batch
+        return stage, updates
 
     def _set_lr(self, fraction):
-        "Learning rate and random state of the next update."
         for group in self.optimizer.param_groups: group["lr"] = self.schedule.lr(self.epoch, fraction)
-        state = np.random.SeedSequence([self.seed, self.epoch, self.update, self.world.rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(state[0]))
+
+    def _reseed(self, seed):
+        "Random state of the next update, of this device only: `torch.manual_seed` visits all kinds of device and takes half a millisecond."
+        {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}.get(self.device.type, torch.default_generator.manual_seed)(seed)
 
     def _read_clock(self): self.seconds = [a + b for a, b in zip(self.seconds, self.clock.read())]
 
     def _pause(self):
-        "Between two updates: write a checkpoint if it is time, stop if a process was asked to."
+        "Between two updates or epochs: write a checkpoint if it is time, stop if a process was asked to."
         if not self.checkpoint: return
         late = time.monotonic() - self.saved > 60 * self.checkpoint_minutes
         wish = self.world.agree(STOP if self.signals else SAVE if late else GO)
@@ -331,7 +345,7 @@ class Trainer:
         self._save()
         if wish == STOP:
             signum = int(self.world.agree(self.signals[0] if self.signals else 0))
-            raise Interrupted(f"stopped by {signal.Signals(signum).name} after {self.update} updates of epoch {self.epoch}; "
+            raise Interrupted(f"stopped by {signal.Signals(signum).name} after {self.update} updates of epoch {self.epoch + 1}; "
                               f"saved in {self.checkpoint}; the same command goes on from there", signum)
         self.clock.start()
 
@@ -348,7 +362,7 @@ class Trainer:
         loss, wrong = self.world.gather(sums.tolist()).sum(0).tolist()
         return loss / self.data.test_size, 100 * wrong / self.data.test_size
 
-    def _finish_epoch(self, stage, updates, micro_batch):
+    def _finish_epoch(self, stage, updates):
         "The row of the epoch that has just been trained."
         sums = self.world.gather([*self.sums.tolist(), *self.seconds, self.resize_seconds])
         (loss, wrong), mean, slowest = sums[:, :2].sum(0).tolist(), sums[:, 2:].mean(0).tolist(), sums[:, 2:].amax(0).tolist()
@@ -357,7 +371,7 @@ class Trainer:
         names = [f"{phase}_seconds" for phase in (*PHASES, "train", "resize")]
         row = dict(lr=self.schedule.lr(self.epoch), batch_size=stage.batch_size, updates=len(updates),
                    samples=used, left_out=self.data.train_size - used,
-                   processes=self.world.size, micro_batch=micro_batch, train_loss=loss / used, train_error=100 * wrong / used,
+                   processes=self.cut[0], micro_batch=self.cut[1], train_loss=loss / used, train_error=100 * wrong / used,
                    test_loss=test_loss, test_error=test_error, test_seconds=time.perf_counter() - begin)
         return row | dict(zip(names, mean)) | {f"{name}_slowest": s for name, s in zip(names, slowest)}
 
@@ -372,7 +386,7 @@ class Trainer:
             columns = list(self.history[0]) if self.history else []
             save_checkpoint(self.checkpoint, dict(
                 identity=json.dumps(self.identity), model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                epoch=self.epoch, update=self.update, sums=sums, oom_limit=self.oom_limit, restarts=self.restarts, columns=columns,
+                epoch=self.epoch, update=self.update, cut=self.cut, sums=sums, oom_limit=self.oom_limit, restarts=self.restarts, columns=columns,
                 history=torch.tensor([[row[c] for c in columns] for row in self.history], dtype=torch.float64)))
         self.saved = time.monotonic()
 
@@ -388,6 +402,7 @@ class Trainer:
         self.history = [dict(zip(state["columns"], row)) for row in state["history"].tolist()]
         self.epoch, self.update, self.oom_limit, self.restarts = (state[k] for k in ("epoch", "update", "oom_limit", "restarts"))
         self.restarts += 1
+        self.cut = state["cut"] and tuple(state["cut"])
         sums, rank = state["sums"], self.world.rank
         if len(sums) == self.world.size: counts, seconds = sums[rank, :2], sums[rank, 2:]
         else: counts, seconds = sums[:, :2].sum(0) * (rank == 0), sums[:, 2:].mean(0)  # other processes: the first takes over the counts
@@ -397,7 +412,7 @@ class Trainer:
     def fit(self,
         checkpoint: str | Path | None = None,  # file to keep the state in, and to resume from if it is there
         identity: dict | None = None,  # what the checkpoint must be of; JSON values
-        checkpoint_minutes: float = 10,  # write it within an epoch too, when so much time has passed
+        checkpoint_minutes: float = 2,  # write it when so much time has passed, and at the end
         on_epoch=lambda row: None,  # called in process 0 with the row of each finished epoch
         on_update=lambda epoch, update, updates: None,  # called after each update
     ) -> list:  # the history: a dict an epoch
@@ -413,8 +428,9 @@ class Trainer:
                 self.history.append(row)
                 self.epoch, self.update = self.epoch + 1, 0
                 self._begin_epoch()
-                if checkpoint: self._save()
                 if self.world.rank == 0: on_epoch(row)
+                if self.epoch < self.schedule.epochs: self._pause()
+            if checkpoint: self._save()
         return self.history
 
 # %% ../nbs/03_train.ipynb #68e132bb

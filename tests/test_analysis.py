@@ -6,17 +6,20 @@ import pytest
 from scipy import stats
 
 from adabatch import analysis, record
-from adabatch.analysis import collect, interval, judge
+from adabatch.analysis import collect, interval, judge, speed_claim
+from adabatch.experiment import Experiment, config, record_path, resolve
 
 PUBLISHED = [8.2, 8.4, 8.1, 8.6, 8.3], [8.5, 8.2, 8.4, 8.9, 8.6, 8.3]
 
 
-def make(folder, dataset="digits", model="alexnet", arm="fixed-16", seed=0, error=5.0, **changes):
-    rows = [dict.fromkeys(record.CLOCKS, 1.0) | dict.fromkeys(record.COUNTS, 16) | dict.fromkeys(record.MEASURES, 1.0) | dict(processes=1, test_error=error + 1 - e) for e in range(2)]
-    path = Path(folder, dataset, model, f"{arm}-seed{seed}.npz")
-    config = dict(dataset=dataset, model=model, seed=seed, processes=1, micro_batch=None) | changes
-    record.save(path, rows, config, dict(device="none", clock="perf_counter"), "complete")
-    return path
+def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
+    "A record of two epochs; `row` and `made` go into its epochs and its environment, `settings` into the experiment."
+    e = resolve(Experiment(**dict(model="alexnet", dataset="digits", schedule="fixed", seed=seed, device="cpu", output_dir=str(folder)) | settings))
+    counts = dict.fromkeys(record.COUNTS, 16) | dict(processes=e.processes, micro_batch=e.micro_batch or 16)
+    rows = [dict.fromkeys(record.CLOCKS, 1.0) | counts | dict.fromkeys(record.MEASURES, 1.0) | dict(test_error=error + 1 - epoch) | dict(row) for epoch in range(2)]
+    environment = dict(device="none", clock="perf_counter", threads=1, torch="2", compile=False, commit="none") | dict(made)
+    record.save(record_path(e), rows, config(e), environment, "complete")
+    return record_path(e)
 
 
 def test_the_interval_is_welchs():
@@ -35,11 +38,11 @@ def test_within_is_two_one_sided_tests():
     assert judge(a, b, -1, 1)[0] == "holds" and judge(a, b, -0.2, 0.2)[0] == "not decided"
 
 
-@pytest.mark.parametrize("a, b, verdict", [([], [1.0], "not decided"), ([8.0], [8.0], "not decided"), ([8.0, 8.0], [8.0, 8.0], "holds"), ([18.0, 18.1], [8.0, 8.1], "fails")])
+@pytest.mark.parametrize("a, b, verdict", [([], [1.0], "not decided"), ([8.0], [8.0], "not decided"), ([8.0, 8.0], [8.0, 8.0], "not decided"), ([8.0, 8.1], [8.0, 8.1], "holds"), ([18.0, 18.1], [8.0, 8.1], "fails")])
 def test_few_seeds_and_clear_cases(a, b, verdict):
     found, why = judge(a, b, -1, 1)
     assert found == verdict
-    if len(a) < 2: assert "no runs" in why or "too few seeds (1 and 1)" in why
+    if len(a) < 2: assert "no runs" in why or "too few seeds" in why and "n = 1 and 1" in why
 
 
 def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
@@ -47,11 +50,25 @@ def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     torn = make(tmp_path, seed=1)
     torn.write_bytes(torn.read_bytes()[:500])
     shutil.copy(good, good.with_name("fixed-16-seed2.npz"))
-    make(tmp_path, seed=3, processes=3)
+    make(tmp_path, seed=3, row=dict(processes=3))
+    make(tmp_path, seed=4, momentum=0.5)
     evidence = collect(tmp_path)
     assert list(evidence.runs) == [("digits", "alexnet", "fixed-16")] and list(evidence.runs["digits", "alexnet", "fixed-16"]) == [0]
     assert evidence.left_out == ["digits/alexnet/fixed-16-seed1.npz: damaged", "digits/alexnet/fixed-16-seed2.npz: not where its settings belong",
-                                 "digits/alexnet/fixed-16-seed3.npz: not all epochs were cut as the arm says"]
+                                 "digits/alexnet/fixed-16-seed3.npz: not all epochs were cut as the arm says", "digits/alexnet/fixed-16-seed4.npz: another momentum than the recipe's"]
+
+
+def test_only_runs_made_alike_are_compared_in_speed(tmp_path):
+    def verdict(): return speed_claim(collect(tmp_path), "digits", "alexnet", "fixed-16", "adabatch-16-256", 1.5)[2:]
+    def gpu(name, seconds, seed, **settings): make(tmp_path, seed, made=dict(device=name, clock="CUDA events"), row=dict(forward_seconds=seconds + 0.01 * seed), **settings)
+    for seed in range(2):
+        gpu("slow", 3.0, seed)
+        gpu("fast", 1.0, seed, schedule="adabatch")
+    assert verdict() == ("no runs on one and the same GPU", "not decided")
+    for seed in (2, 3): gpu("fast", 2.0, seed)
+    measured, found = verdict()
+    assert found == "holds" and measured.startswith("1.5") and "fast, 1 threads" in measured
+    assert speed_claim(collect(tmp_path), "digits", "alexnet", "fixed-16", "adabatch-16-256", 3.0)[3] == "fails"
 
 
 def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
@@ -60,7 +77,7 @@ def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
     lines = {line.split(" | ")[1]: line for line in analysis.error_table(evidence, "digits", {"alexnet": {"fixed-16": {"final_test_error": 7.5}}}, models=["alexnet"]).splitlines()[2:]}
     assert "| 7.50 | 5.00 ± 1.41 (n=2) | 2 |" in lines["fixed-16"] and "digits/alexnet/fixed-16-seed*.npz" in lines["fixed-16"]
     assert "missing" in lines["fixed-256"] and "missing" in lines["adabatch-16-256"]
-    assert "1 of 5" in analysis.coverage(collect(make(tmp_path / "other", "cifar10", "alexnet", "fixed-256").parents[2]), "paper", 5)
+    assert "1 of 5" in analysis.coverage(collect(make(tmp_path / "other", dataset="cifar10").parents[2]), "paper", 5)
 
 
 def run_report(folder, tmp_path):

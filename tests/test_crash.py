@@ -71,13 +71,13 @@ def test_killed_at_twenty_moments(tmp_path):
 
 def torchrun(folder, *options, **kwargs):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options, "-m", "adabatch.train",
-                             "--epochs", "2", "--every", "1", "--max_batch_size", "32", "--device", "cpu", "--checkpoint_minutes", "0.02", "--output_dir", str(folder)],
+                             "--epochs", "2", "--every", "1", "--batch_size", "64", "--max_batch_size", "128", "--device", "cpu", "--checkpoint_minutes", "0", "--output_dir", str(folder)],
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
 
 
 def two_epochs(folder):
     "The same run, left alone."
-    experiment.run(Experiment(epochs=2, every=1, max_batch_size=32, device="cpu", output_dir=folder))
+    experiment.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
 
 
 def worker(launcher, rank):
@@ -95,7 +95,7 @@ def wait_for(path, launcher, seconds=120):
 
 
 def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
-    name = "digits/alexnet/adabatch-16-32-epochs2-every1-x3-seed0"
+    name = "digits/alexnet/adabatch-64-128-epochs2-every1-x3-seed0"
     together(3, two_epochs, str(tmp_path / "whole"))
     failing = torchrun(tmp_path / "killed")
     wait_for(tmp_path / "killed" / f"{name}.pt", failing)

@@ -35,6 +35,7 @@ def test_class_folders_are_decoded_once(tiny, monkeypatch):
     monkeypatch.setattr(data, "_pixels", None)  # would fail if an image were decoded again
     again = load_data("cifar10", tiny)
     assert torch.equal(first.crops, again.crops) and torch.equal(first.test[0], again.test[0])
+    assert (first.crops.stride(), first.test[0].stride()) == (again.crops.stride(), again.test[0].stride())  # in another layout sums come out otherwise
 
 
 def test_the_cache_is_made_again_when_a_file_changes_or_it_is_damaged(tiny):

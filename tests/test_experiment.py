@@ -39,7 +39,7 @@ def settings(options):
     (dict(epochs=0), "epochs must be at least 1"),
     (dict(every=-1), "every must be at least 1"),
     (dict(lr=-0.1), "lr must be positive and finite"),
-    (dict(seed=-1), "seed must not be negative"),
+    (dict(seed=-1), "seed must be finite and not negative"),
     (dict(micro_batch=0), "micro_batch must be at least 1"),
     (dict(processes=0), "processes must be at least 1"),
     (dict(device="cuda:7"), "device cuda:7 is not there"),
@@ -122,12 +122,25 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
     assert state(resolve(e)) == "interrupted in epoch 2 of 2"
     accumulated = run(replace(e, micro_batch=7))
     assert "carrying on" in capsys.readouterr().out
-    assert accumulated.micro_batch.tolist() == [16, 7] and not accumulated.cut_alike
+    assert accumulated.micro_batch.tolist() == [16, 0] and not accumulated.cut_alike
     pure = run(replace(e, micro_batch=7, resume="own", overwrite=True))
     assert pure.micro_batch.tolist() == [7, 7] and pure.cut_alike
     assert record.differences(run(e), whole) == []  # the interrupted run itself has lost nothing
     interrupted(replace(e, seed=1))
     with pytest.raises(ValueError, match="belongs to another experiment .other momentum"): run(replace(e, seed=1, momentum=0.5))
+
+
+def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path, quick, capsys):
+    e = Experiment(output_dir=str(tmp_path), **SHORT)
+    interrupted(replace(e, checkpoint_minutes=0))
+    other = record_path(resolve(e)).with_suffix(".pt")
+    other.write_bytes(other.read_bytes()[:100])
+    assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "carrying on" in capsys.readouterr().out
+    interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
+    own = record_path(resolve(replace(e, micro_batch=5))).with_suffix(".pt")
+    own.rename(f"{own}.previous")  # killed between the two renames
+    run(replace(e, micro_batch=5))
+    assert "carrying on" not in capsys.readouterr().out
 
 
 def hold(path):
@@ -139,7 +152,7 @@ def hold(path):
 def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
     e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
     holder = start(hold, str(record_path(e)))
-    while not Path(f"{record_path(e)}.held").exists(): time.sleep(0.01)
+    while not Path(f"{record_path(e)}.held").exists(): assert holder.is_alive(); time.sleep(0.01)
     assert state(e) == "running"
     with pytest.raises(ValueError, match="is being made by another process"): run(e)
     sweep = Sweep([e], "process")
@@ -159,6 +172,8 @@ def test_the_paper_grid_is_what_the_paper_and_the_t4_reproduction_ran(capsys):
         "fixed-128-lr0.1-decay0.25-x4", "adabatch-128-2048-lr0.1-decay0.5-x4", "adabatch-1024-16384-lr0.1-decay0.5-warmup5-x4", "fixed-2048-warmup5")}
     assert runs == expected and lines[-1].startswith("29 runs")
     assert len(select("paper", seeds=5, dataset="cifar100", device="cpu")) == 5 * 20
+    for option in ("--seeds", "--jobs"):
+        assert sweep_main(["sweep", "--grid", "digits", option, "0"]) == 2 and f"{option[2:]} must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, capsys):

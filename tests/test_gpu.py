@@ -1,25 +1,56 @@
 import tarfile
+import time
 
 import pytest
 import torch
 from conftest import small
 
-from adabatch import experiment, gpu
+from adabatch import experiment, gpu, record
+from adabatch.experiment import Experiment, record_path, resolve
 
 
-def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    "Experiments train a small network instead of the one they name."
     monkeypatch.setattr(experiment, "get_model", lambda name, classes: small())
+
+
+class Slow(experiment.Trainer):
+    "Takes a second an update."
+    def _step(self, *args):
+        super()._step(*args)
+        time.sleep(1)
+
+
+def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, quick, capsys):
     monkeypatch.setattr(gpu, "check", lambda *_: True)
-    whole = gpu.order_of_worth
+    noise, whole = gpu.load_data("fake"), gpu.order_of_worth
+    monkeypatch.setattr(gpu, "load_data", lambda *_: noise)
     monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
     options = ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
-    assert gpu.main([*options, "--minutes", "0.0001"]) == 0
-    first = capsys.readouterr().out
-    assert "the time is up" in first
+    with monkeypatch.context() as slowly:
+        slowly.setattr(experiment, "Trainer", Slow)
+        assert gpu.main([*options, "--minutes", "0.06"]) == 0
+    assert "the time is up" in capsys.readouterr().out
+    under_way, = (tmp_path / "out").rglob("*.pt")
+    assert tarfile.open(tmp_path / "all.tar").getnames() == []
     assert gpu.main([*options, "--minutes", "5"]) == 0
     assert "4 of 4 runs are done" in capsys.readouterr().out
     names = tarfile.open(tmp_path / "all.tar").getnames()
     assert len(names) == 4 and all(n.startswith("fake/") and n.endswith("-seed0.npz") for n in names)
+    assert record.load(under_way.with_suffix(".npz")).environment["restarts"] == 1
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, quick, capsys):
+    common = dict(epochs=1, data_dir=str(tmp_path / "none"), output_dir=str(tmp_path), device="cpu")
+    absent, good = (resolve(Experiment(model, dataset, **common)) for model, dataset in (("resnet50", "imagenet"), ("alexnet", "fake")))
+    assert gpu.spend([absent, good], 5) == 1
+    assert "FAILED, ValueError" in capsys.readouterr().out and record_path(good).exists()
+
+
+def test_after_the_time_is_up_nothing_is_begun(tmp_path, capsys):
+    assert gpu.spend([resolve(Experiment(output_dir=str(tmp_path), device="cpu"))], 0) == 0
+    assert "the time is up" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
 def test_the_check_finds_a_wrong_computation(monkeypatch, capsys):

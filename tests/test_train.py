@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def stopped(path, at, **settings):
     def interrupt(epoch, update, updates):
         if (epoch, update) == at: signal.raise_signal(signal.SIGINT)
     data = Watched(1437)
-    with pytest.raises(Interrupted, match=f"stopped by SIGINT after {at[1]} updates of epoch {at[0]}"):
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT after {at[1]} updates of epoch {at[0] + 1}"):
         trainer(GROWING, data=data, **settings).fit(path, on_update=interrupt)
     return data.seen
 
@@ -172,7 +173,7 @@ def test_resumed_with_another_micro_batch_takes_the_same_samples(tmp_path):
     resumed = trainer(GROWING, data=Watched(1437), micro_batch=7)
     again = resumed.fit(tmp_path / "run.pt")
     assert before + resumed.data.seen == whole.data.seen
-    assert [r["micro_batch"] for r in again] == [16, 16, 7, 7]
+    assert [r["micro_batch"] for r in again] == [16, 16, 0, 7]  # 0: cut in two ways
     assert again[-1]["train_loss"] == pytest.approx(history[-1]["train_loss"], rel=1e-4)
 
 
@@ -195,8 +196,27 @@ def test_begun_by_three_processes_and_carried_on_by_one(tmp_path):
     together(1, elsewhere, str(tmp_path / "moved"), False)
     (a, history), (b, moved) = (torch.load(tmp_path / name / "done.pt") for name in ("whole", "moved"))
     assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-    assert [r["processes"] for r in moved] == [3, 1, 1, 1]
+    assert [(r["processes"], r["micro_batch"]) for r in moved] == [(3, 6), (1, 0), (1, 32), (1, 32)]
     assert [r["train_loss"] for r in moved] == pytest.approx([r["train_loss"] for r in history], rel=1e-9)
+
+
+def test_cut_in_two_ways_stays_so_after_another_interruption(tmp_path):
+    stopped(tmp_path / "run.pt", (2, 10))
+    stopped(tmp_path / "run.pt", (2, 20), micro_batch=7)
+    history = trainer(GROWING, micro_batch=7).fit(tmp_path / "run.pt")
+    assert [r["micro_batch"] for r in history] == [16, 16, 0, 7]
+
+
+def test_what_is_done_between_updates_is_in_no_phase():
+    t = trainer(fixed(64, lr=0.02, epochs=1), data=Watched(640))
+    row, = t.fit(on_update=lambda *_: time.sleep(0.02))
+    assert row["train_seconds"] - sum(row[f"{phase}_seconds"] for phase in train.PHASES) >= 10 * 0.02
+
+
+def test_a_device_without_a_number_is_the_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [train.check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
 
 
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
