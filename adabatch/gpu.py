@@ -78,12 +78,12 @@ def order_of_worth(**settings) -> list:
 
 # %% ../nbs/07_gpu.ipynb #f6c904a9
 def _make(e, loaded):
-    "Make one run, unless it is there; the data set stays in `loaded` for the next. Says what came of it. True if the record is there."
+    "Make one run, unless it is there, and say what came of it; its data set stays in `loaded` for the next. True if the record is there."
     begin, name = time.monotonic(), record_path(e).as_posix()
     try:
         if existing(e): return True
-        if loaded.get("name") != e.dataset: loaded |= dict(name=e.dataset, data=load_data(e.dataset, e.data_dir, e.device))
-        print(f"{name}: {train(e, data=loaded['data']).summary()} [{time.monotonic() - begin:.0f} s]", flush=True)
+        if e.dataset not in loaded: loaded[e.dataset] = load_data(e.dataset, e.data_dir, e.device)
+        print(f"{name}: {train(e, data=loaded[e.dataset]).summary()} [{time.monotonic() - begin:.0f} s]", flush=True)
         return True
     except (Interrupted, KeyboardInterrupt): raise
     except Exception as error: print(f"{name}: FAILED, {type(error).__name__}: {error}", flush=True)
