@@ -27,7 +27,7 @@ sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar
 
 report: setup  ## execute the report on outputs/, and make one HTML page and the README's figure of it
 	papermill nbs/report.ipynb outputs/report.ipynb
-	python -c 'from adabatch.analysis import *; plot_curves(collect("outputs"), "digits", "test_error", {}, models=["resnet20", "alexnet"]).savefig("outputs/digits_test_error.png", dpi=80)'
+	python -c 'from adabatch.analysis import *; plot_curves(collect("outputs"), "digits", "test_error", {}).savefig("outputs/digits_test_error.png", dpi=80)'
 	jupyter nbconvert --to html --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= outputs/report.ipynb
 
 gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
