@@ -33,12 +33,13 @@ def collect(output_dir: str | Path) -> Evidence:
     runs, left_out = {}, []
     for path in sorted(Path(output_dir).glob("*/*/*.npz")):
         where = path.relative_to(output_dir).as_posix()
-        try: r = record.load(path)
-        except ValueError: left_out.append(f"{where}: damaged"); continue
-        e = Experiment(**r.config, compile=r.environment["compile"])
-        key = Path(e.dataset).name, e.model, arm(e)
+        try:
+            r = record.load(path)
+            e = Experiment(**r.config, compile=r.environment["compile"])
+            key, differ = (Path(e.dataset).name, e.model, arm(e)), unnamed(e)
+        except (ValueError, TypeError, KeyError): left_out.append(f"{where}: damaged, or no record of an experiment"); continue
         if where != f"{'/'.join(key)}-seed{e.seed}.npz": left_out.append(f"{where}: not where its settings belong")
-        elif unnamed(e): left_out.append(f"{where}: another {', '.join(unnamed(e))} than the recipe's")
+        elif differ: left_out.append(f"{where}: another {', '.join(differ)} than the recipe's")
         elif not r.cut_alike: left_out.append(f"{where}: not all epochs were cut as the arm says")
         else: runs.setdefault(key, {})[e.seed] = r
     return Evidence(runs, left_out)

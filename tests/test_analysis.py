@@ -52,10 +52,14 @@ def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     shutil.copy(good, good.with_name("fixed-16-seed2.npz"))
     make(tmp_path, seed=3, row=dict(processes=3))
     make(tmp_path, seed=4, momentum=0.5)
+    foreign = record.load(good)
+    rows = [{n: v[epoch] for n, v in foreign.arrays.items()} for epoch in range(2)]
+    record.save(good.with_name("fixed-16-seed5.npz"), rows, {"model": "lenet"}, foreign.environment, "complete")
     evidence = collect(tmp_path)
     assert list(evidence.runs) == [("digits", "alexnet", "fixed-16")] and list(evidence.runs["digits", "alexnet", "fixed-16"]) == [0]
-    assert evidence.left_out == ["digits/alexnet/fixed-16-seed1.npz: damaged", "digits/alexnet/fixed-16-seed2.npz: not where its settings belong",
-                                 "digits/alexnet/fixed-16-seed3.npz: not all epochs were cut as the arm says", "digits/alexnet/fixed-16-seed4.npz: another momentum than the recipe's"]
+    assert evidence.left_out == ["digits/alexnet/fixed-16-seed1.npz: damaged, or no record of an experiment", "digits/alexnet/fixed-16-seed2.npz: not where its settings belong",
+                                 "digits/alexnet/fixed-16-seed3.npz: not all epochs were cut as the arm says", "digits/alexnet/fixed-16-seed4.npz: another momentum than the recipe's",
+                                 "digits/alexnet/fixed-16-seed5.npz: damaged, or no record of an experiment"]
 
 
 def test_only_runs_made_alike_are_compared_in_speed(tmp_path):
