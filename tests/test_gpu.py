@@ -30,7 +30,7 @@ def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, quick, c
     options = ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
     with monkeypatch.context() as slowly:
         slowly.setattr(experiment, "Trainer", Slow)
-        assert gpu.main([*options, "--minutes", "0.06"]) == 0
+        assert gpu.main([*options, "--minutes", "0.15"]) == 0
     assert "the time is up" in capsys.readouterr().out
     under_way, = (tmp_path / "out").rglob("*.pt")
     assert tarfile.open(tmp_path / "all.tar").getnames() == []
