@@ -8,14 +8,13 @@ __all__ = ['STEPS', 'Evidence', 'collect', 'interval', 'judge', 'markdown', 'spr
            'plot_speed']
 
 # %% ../nbs/06_analysis.ipynb #22e98414
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from . import record
-from .experiment import NETWORKS, Experiment, arm, recipe, select, unnamed
+from .experiment import NETWORKS, Experiment, arm, recipe, record_path, select, unnamed
 from .record import Record
 
 # %% ../nbs/06_analysis.ipynb #a24676ca
@@ -35,13 +34,13 @@ def collect(output_dir: str | Path) -> Evidence:
         where = path.relative_to(output_dir).as_posix()
         try:
             r = record.load(path)
-            e = Experiment(**r.config, compile=r.environment["compile"])
-            key, differ = (Path(e.dataset).name, e.model, arm(e)), unnamed(e)
+            e = Experiment(**r.config, compile=r.environment["compile"], output_dir=str(output_dir))
+            belongs, differ = record_path(e), unnamed(e)
         except (ValueError, TypeError, KeyError): left_out.append(f"{where}: damaged, or no record of an experiment"); continue
-        if where != f"{'/'.join(key)}-seed{e.seed}.npz": left_out.append(f"{where}: not where its settings belong")
+        if path != belongs: left_out.append(f"{where}: not where its settings belong")
         elif differ: left_out.append(f"{where}: another {', '.join(differ)} than the recipe's")
         elif not r.cut_alike: left_out.append(f"{where}: not all epochs were cut as the arm says")
-        else: runs.setdefault(key, {})[e.seed] = r
+        else: runs.setdefault((path.parts[-3], e.model, arm(e)), {})[e.seed] = r
     return Evidence(runs, left_out)
 
 # %% ../nbs/06_analysis.ipynb #5a6273e4
@@ -92,7 +91,7 @@ def coverage(evidence: Evidence, grid: str, seeds: int, mode: str = "") -> str:
 
 def beside(evidence: Evidence, keys: list) -> str:
     "Whatever there is apart from the arms `keys`."
-    rows = [(*key, runs[0].epochs, spread(evidence.final_errors(key))) for key in sorted(evidence.runs) if key not in keys and (runs := evidence[key])]
+    rows = [(*key, evidence[key][0].epochs, spread(evidence.final_errors(key))) for key in sorted(evidence.runs) if key not in keys]
     return markdown(["data", "network", "arm", "epochs", "final test error (%)"], rows) if rows else "Nothing."
 
 def trio(dataset: str, model: str, suffix: str = "") -> list:
@@ -101,13 +100,17 @@ def trio(dataset: str, model: str, suffix: str = "") -> list:
     small, large = usual["batch_size"], usual["max_batch_size"]
     return [f"fixed-{small}{suffix}", f"fixed-{large}{suffix}", f"adabatch-{small}-{large}{suffix}"]
 
+def _t4_error(t4, model, name, suffix):
+    "The final error (percent) that the T4 reproduction stored for an arm, None if it has none."
+    return t4.get(model, {}).get(name.removesuffix(suffix), {}).get("final_test_error")
+
 def error_table(evidence: Evidence, dataset: str, t4: dict, suffix: str = "", models: tuple = NETWORKS) -> str:
     "Final test errors of the three arms of each network: paper, T4 reproduction, ours."
     rows = []
     for model in models:
         for name in trio(dataset, model, suffix):
             runs = evidence[dataset, model, name]
-            theirs = t4.get(model, {}).get(name.removesuffix(suffix), {}).get("final_test_error")
+            theirs = _t4_error(t4, model, name, suffix)
             best = [np.nanmin(r.test_error) for r in runs]
             rows.append((model, name, "-", "-" if theirs is None else f"{theirs:.2f}", spread(evidence.final_errors((dataset, model, name))),
                          runs[0].epochs if runs else "", spread(best) if runs else "", sum(r.status == "diverged" for r in runs) or "",
@@ -126,13 +129,19 @@ def _made_with(r):
     env = r.environment
     return f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {r.epochs} epochs{', compiled' * env['compile']}"
 
+def _alike(runs) -> dict:
+    "The runs by what they were made with."
+    groups = {}
+    for r in runs: groups.setdefault(_made_with(r), []).append(r)
+    return groups
+
 def timing_table(evidence: Evidence, dataset: str, model: str, names: list) -> str:
     "Forward, backward and whole step, seconds a run, and the speed-up over the first of the arms `names`, of runs made alike."
-    rows = []
+    rows, bases = [], _alike(evidence[dataset, model, names[0]])
     for name in names:
         runs = evidence[dataset, model, name]
-        for made in dict.fromkeys(map(_made_with, runs)):
-            here, base = ([r for r in evidence[dataset, model, n] if _made_with(r) == made] for n in (name, names[0]))
+        for made, here in _alike(runs).items():
+            base = bases.get(made)
             cells = [f"{spread(_seconds(here, *p), 1)}{f', {np.mean(_seconds(base, *p)) / np.mean(_seconds(here, *p)):.2f}x' if base else ''}" for p in STEPS]
             minutes = np.sum([r.arrays[f"{p}_seconds"].sum() for r in here for p in ("train", "test", "resize")]) / 60
             rows.append((model, name, made, here[0].environment["clock"], *cells, f"{minutes:.1f}"))
@@ -163,10 +172,9 @@ def speed_claim(evidence: Evidence, dataset: str, model: str, base: str, other: 
     "Row for: forward and backward of `other` are about `factor` times as fast as of `base`, on a GPU. Only runs made alike are compared."
     least = (1 + factor) / 2
     text, test = f"{dataset}, {model}: {other} about {factor}x as fast as {base} (forward and backward)", f"one-sided, log of the ratio: at least {least:.3g}x"
-    both = [[r for r in evidence[dataset, model, n] if r.environment["clock"] == "CUDA events"] for n in (base, other)]
-    pairs = [[[r for r in rs if _made_with(r) == made] for rs in both] for made in dict.fromkeys(map(_made_with, both[0]))]
-    runs = max(pairs, key=lambda pair: min(map(len, pair)), default=[[], []])
-    if not all(runs): return text, test, "no runs on one and the same GPU", "not decided"
+    slow, fast = (_alike(r for r in evidence[dataset, model, n] if r.environment["clock"] == "CUDA events") for n in (base, other))
+    runs = max(((slow[made], fast[made]) for made in slow if made in fast), key=lambda pair: min(map(len, pair)), default=None)
+    if not runs: return text, test, "no runs on one and the same GPU", "not decided"
     logs = [np.log(_seconds(rs, "forward", "backward")) for rs in runs]
     verdict, _ = judge(logs[0], logs[1], np.log(least), np.inf)
     found = interval(*logs)
@@ -194,7 +202,7 @@ def plot_curves(
             mean, epochs = values.mean(0), np.arange(1, values.shape[1] + 1)
             ax.plot(epochs, mean, color=color, ls=style, lw=2, label=label)
             if len(runs) > 1: ax.fill_between(epochs, mean - values.std(0, ddof=1), mean + values.std(0, ddof=1), color=color, alpha=0.25, lw=0)
-            theirs = t4.get(model, {}).get(name.removesuffix(suffix), {}).get("final_test_error") if quantity == "test_error" else None
+            theirs = _t4_error(t4, model, name, suffix) if quantity == "test_error" else None
             if theirs is not None: ax.plot(100, theirs, marker="x", ms=9, mew=2, ls="", color=color, label=f"T4, final: {theirs:.1f}", clip_on=False)
         ax.set_title(f"{model}, {dataset}", fontsize=14)
         ax.set_xlabel("epoch", fontsize=13); ax.set_ylabel({"train_loss": "training loss (epoch mean)", "test_error": "test error (%)"}[quantity], fontsize=13)

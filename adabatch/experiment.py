@@ -125,13 +125,13 @@ def make_schedule(e: Experiment) -> Schedule:
 
 # %% ../nbs/05_experiment.ipynb #0eb84085
 _SUFFIXES = dict(epochs="epochs{}", every="every{}", growth="growth{}", lr="lr{:g}", lr_decay="decay{:g}", warmup_epochs="warmup{}",
-                 micro_batch="accum{}", processes="x{}", precision="{}")
+                 micro_batch="accum{}", processes="x{}", precision="{}", compile="compile")
 
 def arm(e: Experiment) -> str:
     "The name of a resolved experiment's arm, such as `adabatch-128-2048-accum64`."
     usual = recipe(e.model, e.dataset, e.schedule)
     name = f"fixed-{e.batch_size}" if e.schedule == "fixed" else f"adabatch-{e.batch_size}-{e.max_batch_size}"
-    return "-".join([name, *(s.format(getattr(e, n)) for n, s in _SUFFIXES.items() if getattr(e, n) != usual[n])] + ["compile"] * e.compile)
+    return "-".join([name, *(s.format(getattr(e, n)) for n, s in _SUFFIXES.items() if getattr(e, n) != usual.get(n, FIELDS[n].default))])
 
 def unnamed(e: Experiment) -> list:
     "The settings in which a resolved experiment differs from the recipe without its arm's name saying so."
@@ -384,9 +384,9 @@ def from_notebook(
     cells: list,  # sources of the cells run so far (`In`); parameters stand in those that begin with "# Parameters"
 ) -> Experiment:
     "The experiment that a notebook's parameters define. ValueError for a parameter that does not exist."
-    given = {t.id for source in cells if source.lstrip().startswith("# Parameters") for node in ast.parse(source).body
+    parameters = {t.id for source in cells if source.lstrip().startswith("# Parameters") for node in ast.parse(source).body
              if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)}
-    for name in sorted(given - set(FIELDS)):
+    for name in sorted(parameters - set(FIELDS)):
         close = difflib.get_close_matches(name, FIELDS, 1)
         raise ValueError(f"unknown parameter {name!r}: " + (f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(FIELDS)}"))
     return Experiment(**{n: names[n] for n in FIELDS if n in names})
@@ -464,9 +464,9 @@ class Sweep:
         return "\n".join([*rows, f"{len(self.experiments)} runs, {left} left to do"])
 
     def _command(self, e, notebook):
-        given = arguments(e)
-        if self.executor == "process": return [sys.executable, "-m", "adabatch.train", *given]
-        parameters = [part for name, value in zip(given[::2], given[1::2]) for part in ("-p", name[2:], value)]
+        options = arguments(e)
+        if self.executor == "process": return [sys.executable, "-m", "adabatch.train", *options]
+        parameters = [part for name, value in zip(options[::2], options[1::2]) for part in ("-p", name[2:], value)]
         return [sys.executable, "-m", "papermill", os.path.relpath(NOTEBOOK), str(notebook), "--no-progress-bar", *parameters]
 
     def _make(self, e):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from adabatch import experiment
+
 torch.set_num_threads(1)  # the networks of the tests are too small to be worth more
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["adabatch.experiment", "sklearn.datasets", "torch._dynamo"])
@@ -44,6 +46,12 @@ def together(size, function, *args, seconds=120):
     for child in children:
         child.kill()
     assert codes == [0] * size, f"exit codes {codes}"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "Experiments train a small network instead of the one they name."
+    monkeypatch.setattr(experiment, "get_model", lambda name, classes: small())
 
 
 @pytest.fixture

@@ -9,18 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import small, start
+from conftest import start
 
 from adabatch import experiment, record
 from adabatch.experiment import FIELDS, Experiment, Sweep, arm, arguments, from_notebook, main, record_path, resolve, run, select, state, sweep_main
 
 SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu")
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    "Experiments train a small network instead of the one they name."
-    monkeypatch.setattr(experiment, "get_model", lambda name, classes: small())
 
 
 def settings(options):

@@ -9,12 +9,6 @@ from adabatch import experiment, gpu, record
 from adabatch.experiment import Experiment, record_path, resolve
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    "Experiments train a small network instead of the one they name."
-    monkeypatch.setattr(experiment, "get_model", lambda name, classes: small())
-
-
 class Slow(experiment.Trainer):
     "Takes a second an update."
     def _step(self, *args):
