@@ -13,9 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
 
 # %% ../nbs/01_data.ipynb #cdaaa4b7
 @dataclass(frozen=True)
@@ -55,10 +53,12 @@ class Images:
     ):
         self.device, self.classes, self.pad, self.flip = torch.device(device), classes, pad, flip
         self.train_size, self.test_size, self.shape = len(train[0]), len(test[0]), tuple(train[0].shape[1:])
-        h, w = self.shape[1:]
-        padded = F.pad(train[0].to(self.device).contiguous(), (pad,) * 4)
-        self.crops = padded.unfold(2, h, 1).unfold(3, w, 1)  # (N, C, 2 pad + 1, 2 pad + 1, H, W), a view
-        self.labels, self.test = train[1].to(self.device), [t.to(self.device).contiguous() for t in test]
+        c, h, w = self.shape
+        padded = torch.zeros(self.train_size, h + 2 * pad, w + 2 * pad, c, dtype=torch.uint8, device=self.device)
+        padded[:, pad:pad + h, pad:pad + w] = train[0].to(self.device).permute(0, 2, 3, 1)
+        self.crops = padded.unfold(1, h, 1).unfold(2, w, 1).permute(0, 1, 2, 4, 5, 3)  # (N, 2 pad + 1, 2 pad + 1, H, W, C), a view
+        self.labels = train[1].to(self.device)
+        self.test = [test[0].to(self.device).contiguous(memory_format=torch.channels_last), test[1].to(self.device)]
         self.mean, self.std = (255 * torch.tensor(v, device=self.device).view(-1, 1, 1) for v in (mean, std))
 
     def draw(self, seed: int, epoch: int) -> Epoch:
@@ -72,13 +72,13 @@ class Images:
         epoch: Epoch,  # from `draw`
         spans: list,  # (start, stop) into the epoch's order, a batch each
     ):
-        "Yields x (B, C, H, W) float32, augmented and normalised, and y (B,) int64, for each span."
+        "Yields x (B, C, H, W) float32 in `channels_last`, augmented and normalised, and y (B,) int64, for each span."
         for start, stop in spans:
             i = epoch.order[start:stop]
             top, left = epoch.crop[i].unbind(1)
-            images = self.crops[i, :, top, left]
-            images = torch.where(epoch.flip[i].view(-1, 1, 1, 1), images.flip(3), images)
-            yield self._normalise(images), self.labels[i]
+            images = self.crops[i, top, left]
+            images = torch.where(epoch.flip[i].view(-1, 1, 1, 1), images.flip(2), images)
+            yield self._normalise(images.permute(0, 3, 1, 2)), self.labels[i]
 
     def test_batches(self, spans: list):
         "Yields x (B, C, H, W) float32 and y (B,) int64 for each span of the test set, as it is."
@@ -113,6 +113,7 @@ class Folder:
         test = next((Path(path) / d for d in ("val", "test") if (Path(path) / d).is_dir()), None)
         if test is None or not (Path(path) / "train").is_dir():
             raise ValueError(f"{path} must hold class folders in train/ and in val/ or test/")
+        from torchvision import datasets, transforms  # two seconds that nobody else has to wait
         train, test = (datasets.ImageFolder(d) for d in (Path(path) / "train", test))
         if train.classes != test.classes: raise ValueError(f"{path}: training and test set have different classes")
         self.train_size, self.test_size, self.classes = len(train), len(test), len(train.classes)
@@ -160,25 +161,30 @@ def _pixels(path, size=32):
     return np.asarray(image).transpose(2, 0, 1)
 
 # %% ../nbs/01_data.ipynb #4e825c0c
-CIFAR = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
+CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folders
 CIFAR_SIZES = {"train": 50_000, "test": 10_000}
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # CIFAR-10's, used for both sets
 
 def _cifar(name, data_dir):
     "Both splits of CIFAR as (images, labels) arrays, from whichever form is there."
-    source, folder = CIFAR[name], data_dir / name
-    if not (data_dir / source.base_folder).is_dir():
+    base, folder = data_dir / CIFAR[name], data_dir / name
+    if not base.is_dir():
         if folder.is_dir(): return _cached(folder, classes=int(name[5:]))
         _download(name, data_dir)
-    try: splits = [source(data_dir, train=train) for train in (True, False)]
-    except RuntimeError: raise ValueError(f"{data_dir / source.base_folder} is incomplete or damaged: remove it and unpack it again") from None
+    try: splits = [_torchvision(name)(data_dir, train=train) for train in (True, False)]
+    except RuntimeError: raise ValueError(f"{base} is incomplete or damaged: remove it and unpack it again") from None
     return [(s.data.transpose(0, 3, 1, 2), np.array(s.targets)) for s in splits]
+
+def _torchvision(name):
+    "torchvision's class of a data set, imported here because that takes two seconds."
+    from torchvision import datasets
+    return getattr(datasets, name.upper())
 
 def _download(name, data_dir):
     "torchvision's files, put into `data_dir` when they are whole; nothing is left behind if that fails."
-    base = CIFAR[name].base_folder
+    base = CIFAR[name]
     with tempfile.TemporaryDirectory() as tmp:
-        try: CIFAR[name](tmp, download=True)
+        try: _torchvision(name)(tmp, download=True)
         except (OSError, RuntimeError) as e:
             raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({e}): put it there, as torchvision's {base}/ "
                              f"or as class folders {name}/train/<class>/ and {name}/test/<class>/") from None
@@ -230,6 +236,7 @@ def _digits():
     return [(images[s], labels[s]) for s in (slice(1437), slice(1437, None))]
 
 def _fake(size=(5120, 1024)):
+    from torchvision import datasets
     splits = [datasets.FakeData(n, (3, 32, 32), 10, random_offset=k) for k, n in enumerate(size)]
     return [tuple(map(np.stack, zip(*((np.asarray(x).transpose(2, 0, 1), int(y)) for x, y in s)))) for s in splits]
 
@@ -248,7 +255,7 @@ def load_data(
     if name not in DATASETS or name == "imagenet":
         return Folder(name if name != "imagenet" else data_dir / name, device)
     splits = _digits() if name == "digits" else _fake() if name == "fake" else _cifar(name, data_dir)
-    train, test = ((torch.tensor(images), torch.tensor(labels, dtype=torch.int64)) for images, labels in splits)
+    train, test = ((torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))) for images, labels in splits)
     mean, std = CIFAR_MEAN, CIFAR_STD
     if name == "digits": mean, std = ((stat(train[0].float()).item() / 255,) * 3 for stat in (torch.mean, torch.std))
     return Images(train, test, mean, std, 100 if name == "cifar100" else 10, flip=name != "digits", device=device)

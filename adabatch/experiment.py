@@ -21,7 +21,7 @@ from .data import DATASETS, load_data
 from .models import get_model, model_name
 from .record import Record
 from .schedule import Schedule, adabatch, fixed
-from .train import PRECISIONS, Interrupted, Trainer, World, best_device, check_device, checkpoint_files, joined, load_checkpoint, remove_checkpoint, save_checkpoint
+from .train import allocator, keep_freed_memory, PRECISIONS, Interrupted, Trainer, World, best_device, check_device, checkpoint_files, joined, load_checkpoint, remove_checkpoint, save_checkpoint
 
 # %% ../nbs/05_experiment.ipynb #c7620502
 def _option(default, help): return field(default=default, metadata={"help": help})
@@ -218,7 +218,7 @@ def environment(e: Experiment, trainer: Trainer) -> dict:
     "What a run was made on and with."
     changed = _git("status", "--porcelain", "--", ".")
     return dict(device=_device_name(trainer.device), processes=trainer.world.size, threads=torch.get_num_threads(), clock=trainer.clock.source,
-                precision=e.precision, compile=e.compile, torch=torch.__version__, python=platform.python_version(),
+                precision=e.precision, compile=e.compile, allocator=allocator(), torch=torch.__version__, python=platform.python_version(),
                 commit=(_git("rev-parse", "HEAD") or "unknown") + (" with changes" if changed else ""), restarts=trainer.restarts)
 
 def _load(e, device, world):
@@ -376,6 +376,7 @@ def main(argv=None) -> int:
                                      "Options left out take the value of the paper's recipe for the network and the data set.")
     add_options(parser)
     e = Experiment(**vars(parser.parse_args(argv)))
+    keep_freed_memory()
     return guarded(lambda: _command(e))
 
 # %% ../nbs/05_experiment.ipynb #e4ae46fd

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'GO', 'SAVE', 'STOP', 'PRECISIONS', 'TEST_BATCH', 'split', 'spans', 'share', 'pieces', 'World', 'joined',
-           'check_device', 'best_device', 'PhaseClock', 'checkpoint_files', 'save_checkpoint', 'load_checkpoint',
-           'remove_checkpoint', 'Interrupted', 'deferred_signals', 'Trainer']
+           'check_device', 'best_device', 'keep_freed_memory', 'allocator', 'PhaseClock', 'checkpoint_files',
+           'save_checkpoint', 'load_checkpoint', 'remove_checkpoint', 'Interrupted', 'deferred_signals', 'Trainer']
 
 # %% ../nbs/03_train.ipynb #de5725a7
-import contextlib, copy, hashlib, json, math, os, signal, sys, time
+import contextlib, copy, ctypes, hashlib, json, math, os, platform, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,22 @@ def check_device(device: str) -> torch.device:
 def best_device() -> str:
     "The fastest kind of device this machine has: cuda, mps or cpu."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+# %% ../nbs/03_train.ipynb #14c05443
+_ALLOCATOR = {"name": "as found"}
+
+def keep_freed_memory() -> bool:
+    "Let glibc keep freed memory for this process's next use. False, and nothing is changed, where there is no glibc."
+    if platform.libc_ver()[0] != "glibc": return False
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # malloc.h
+    settings = {mmap_max: 0, trim_threshold: -1, top_pad: 64 << 20, arena_max: 1}
+    if not all([ctypes.CDLL(None).mallopt(name, value) for name, value in settings.items()]): return False
+    _ALLOCATOR["name"] = "glibc, freed memory kept"
+    return True
+
+def allocator() -> str:
+    "What is known of this process's allocator, for the record."
+    return _ALLOCATOR["name"]
 
 # %% ../nbs/03_train.ipynb #6b4840eb
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -218,7 +234,8 @@ class Trainer:
         for s in schedule.stages:
             if s.batch_size > data.train_size:
                 raise ValueError(f"batch size {s.batch_size:,} is larger than the training set of {data.train_size:,} samples")
-        self.model, self.optimizer, self.data, self.schedule = model.to(data.device), optimizer, data, schedule
+        self.model = model.to(data.device, memory_format=torch.channels_last)
+        self.optimizer, self.data, self.schedule = optimizer, data, schedule
         self.seed, self.drop_last, self.micro_batch, self.precision = seed, drop_last, micro_batch, precision
         self.world, self.clock, self.device = World(), PhaseClock(data.device), data.device
         self.dtype = next(model.parameters()).dtype
@@ -229,6 +246,7 @@ class Trainer:
         self.history = []  # a dict of numbers an epoch
         self.oom_limit = self.settled = None  # largest micro-batch that fits, where it had to be found; (epoch of stage, micro-batch) in force
         self.restarts = 0
+        self.tries_memory = self.device.type != "cpu"  # elsewhere, a lack of memory comes back as an error that can be answered
         self._begin_epoch()
 
     def _begin_epoch(self):
@@ -252,7 +270,8 @@ class Trainer:
 
     def _blank(self, samples):
         "A batch of black images."
-        return torch.zeros(samples, *self.data.shape, device=self.device), torch.zeros(samples, dtype=torch.int64, device=self.device)
+        images = torch.zeros(samples, *self.data.shape, device=self.device).contiguous(memory_format=torch.channels_last)
+        return images, torch.zeros(samples, dtype=torch.int64, device=self.device)
 
     def _loss(self, net, x, y):
         "Sum of the cross-entropy over a batch, and the number of its samples that are classified wrongly, on the device."
@@ -276,7 +295,7 @@ class Trainer:
         if self.settled is not None and self.settled[0] == stage.epoch: return self.settled[1]
         begin, most = time.perf_counter(), split(stage.batch_size, self.world.size)[0]
         size = min(n for n in (most, self.micro_batch, self.oom_limit) if n)
-        while self.world.agree(not self._fits(size)):
+        while self.tries_memory and self.world.agree(not self._fits(size)):
             if size == 1: raise MemoryError(f"not even one sample at a time fits into the memory of {self.device}")
             self.oom_limit = size = size // 2
             if self.device.type == "cuda": torch.cuda.empty_cache()
