@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from adabatch import experiment
+from adabatch import train
 
 torch.set_num_threads(1)  # the networks of the tests are too small to be worth more
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["adabatch.experiment", "sklearn.datasets", "torch._dynamo"])
+processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._dynamo"])
 
 
 def small(dtype=torch.float32):
@@ -51,7 +51,7 @@ def together(size, function, *args, seconds=120):
 @pytest.fixture
 def quick(monkeypatch):
     "Experiments train a small network instead of the one they name."
-    monkeypatch.setattr(experiment, "get_model", lambda name, classes: small())
+    monkeypatch.setattr(train, "get_model", lambda name, classes: small())
 
 
 @pytest.fixture

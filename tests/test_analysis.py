@@ -7,7 +7,7 @@ from scipy import stats
 
 from adabatch import analysis, record
 from adabatch.analysis import collect, interval, judge, speed_claim
-from adabatch.experiment import Experiment, config, record_path, resolve
+from adabatch.experiment import Experiment, resolve
 
 PUBLISHED = [8.2, 8.4, 8.1, 8.6, 8.3], [8.5, 8.2, 8.4, 8.9, 8.6, 8.3]
 
@@ -15,11 +15,11 @@ PUBLISHED = [8.2, 8.4, 8.1, 8.6, 8.3], [8.5, 8.2, 8.4, 8.9, 8.6, 8.3]
 def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
     "A record of two epochs; `row` and `made` go into its epochs and its environment, `settings` into the experiment."
     e = resolve(Experiment(**dict(model="alexnet", dataset="digits", schedule="fixed", seed=seed, device="cpu", output_dir=str(folder)) | settings))
-    counts = dict.fromkeys(record.COUNTS, 16) | dict(processes=e.processes, micro_batch=e.micro_batch or 16)
+    counts = dict.fromkeys(record.COUNTS, 16) | dict(processes=e.experiment.processes, micro_batch=e.experiment.micro_batch or 16)
     rows = [dict.fromkeys(record.CLOCKS, 1.0) | counts | dict.fromkeys(record.MEASURES, 1.0) | dict(test_error=error + 1 - epoch) | dict(row) for epoch in range(2)]
     environment = dict(device="none", clock="perf_counter", threads=1, torch="2", compile=False, commit="none") | dict(made)
-    record.save(record_path(e), rows, config(e), environment, "complete")
-    return record_path(e)
+    record.save(e.path, rows, e.config, environment, "complete")
+    return e.path
 
 
 def test_the_interval_is_welchs():

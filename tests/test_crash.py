@@ -10,16 +10,17 @@ from pathlib import Path
 
 from conftest import small, start, together
 
-from adabatch import experiment, record
-from adabatch.experiment import Experiment, existing, record_path, resolve
+from adabatch import record, train
+from adabatch.experiment import Experiment, resolve
+from adabatch.train import existing
 
-RUN = Experiment(epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0)  # a checkpoint after every update
+RUN = Experiment(epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0, save_weights=False)  # a checkpoint after every update
 
 
 def make(folder, pause=None):
     """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count): say so in a
     file and wait, when that function is called for the count-th time for such a path."""
-    experiment.get_model = lambda name, classes: small()
+    train.get_model = lambda name, classes: small()
     if pause:
         name, ending, count = pause
         call, calls = getattr(os, name), []
@@ -32,7 +33,7 @@ def make(folder, pause=None):
                 time.sleep(60)
             return call(*args)
         setattr(os, name, watched)
-    experiment.run(replace(RUN, output_dir=str(folder)))
+    train.run(replace(RUN, output_dir=str(folder)))
 
 
 def finished(folder, pause=None):
@@ -65,7 +66,7 @@ def test_killed_at_twenty_moments(tmp_path):
         child.kill(); child.join()
         assert record.differences(whole, finished(folder)) == [], moment
         assert sorted(p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name and not p.name.endswith(".partial")) \
-            == [record_path(resolve(RUN)).name], moment
+            == [resolve(RUN).path.name], moment
     print(f"{len(moments)} moments, {late} of them after the end of the run")
 
 
@@ -77,7 +78,7 @@ def torchrun(folder, *options, **kwargs):
 
 def two_epochs(folder):
     "The same run, left alone."
-    experiment.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
+    train.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
 
 
 def worker(launcher, rank):

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 from conftest import start
 
-from adabatch import experiment, record
-from adabatch.experiment import FIELDS, Experiment, Sweep, arm, arguments, from_notebook, main, record_path, resolve, run, select, state, sweep_main
+from adabatch import experiment, record, sweep, train
+from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
+from adabatch.files import lock
+from adabatch.sweep import Sweep, state
+from adabatch.train import main, run
+from adabatch.trainer import Interrupted
 
-SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu")
+SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu", save_weights=False)
 
 
 def settings(options):
@@ -67,7 +71,7 @@ def test_one_definition(tmp_path):
     e = resolve(Experiment(model="vgg19_bn", dataset="cifar10", schedule="fixed", drop_last=False, processes=3, output_dir=str(tmp_path), device="cpu"))
     parser = experiment.argparse.ArgumentParser()
     experiment.add_options(parser)
-    assert resolve(Experiment(**vars(parser.parse_args(arguments(e))))) == e
+    assert resolve(Experiment(**vars(parser.parse_args(arguments(e.experiment))))) == e
     notebook = json.loads(Path("nbs/run.ipynb").read_text())
     cell, = ("".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     exec(cell, names := {})
@@ -75,7 +79,7 @@ def test_one_definition(tmp_path):
 
 
 def test_names_of_arms():
-    def name(**options): return arm(resolve(Experiment(**dict(model="resnet20", dataset="cifar100", device="cpu") | options)))
+    def name(**options): return resolve(Experiment(**dict(model="resnet20", dataset="cifar100", device="cpu") | options)).arm
     assert name() == "adabatch-128-2048" and name(schedule="fixed") == "fixed-128"
     assert name(micro_batch=64) == "adabatch-128-2048-accum64" and name(processes=3) == "adabatch-128-2048-x3"
     assert name(batch_size=1024, max_batch_size=16384, lr=0.1, lr_decay=0.5, warmup_epochs=5) == "adabatch-1024-16384-lr0.1-decay0.5-warmup5"
@@ -85,7 +89,7 @@ def test_names_of_arms():
 def test_a_run_is_made_once(tmp_path, quick):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
     made = run(e)
-    path = record_path(resolve(e))
+    path = resolve(e).path
     before = path.stat().st_mtime_ns
     assert record.differences(made, run(e)) == [] and path.stat().st_mtime_ns == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -103,10 +107,10 @@ def test_a_run_that_diverges_is_recorded(tmp_path, quick):
 
 def interrupted(e, at=(1, 5)):
     "Make a run in this process, and be stopped."
-    class Stop(experiment.Silent):
+    class Stop(train.Silent):
         def on_update(self, epoch, update, updates):
             if (epoch, update) == at: signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(experiment.Interrupted): run(e, Stop())
+    with pytest.raises(Interrupted): run(e, Stop())
 
 
 def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quick, capsys):
@@ -116,9 +120,9 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
     assert state(resolve(e)) == "interrupted in epoch 2 of 2"
     accumulated = run(replace(e, micro_batch=7))
     assert "carrying on" in capsys.readouterr().out
-    assert accumulated.micro_batch.tolist() == [16, 0] and not accumulated.cut_alike
+    assert accumulated.micro_batch.tolist() == [16, 0] and not accumulated.as_configured
     pure = run(replace(e, micro_batch=7, resume="own", overwrite=True))
-    assert pure.micro_batch.tolist() == [7, 7] and pure.cut_alike
+    assert pure.micro_batch.tolist() == [7, 7] and pure.as_configured
     assert record.differences(run(e), whole) == []  # the interrupted run itself has lost nothing
     interrupted(replace(e, seed=1))
     with pytest.raises(ValueError, match="belongs to another experiment .other momentum"): run(replace(e, seed=1, momentum=0.5))
@@ -127,26 +131,26 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
 def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path, quick, capsys):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
     interrupted(replace(e, checkpoint_minutes=0))
-    other = record_path(resolve(e)).with_suffix(".pt")
+    other = resolve(e).path.with_suffix(".pt")
     other.write_bytes(other.read_bytes()[:100])
     assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "carrying on" in capsys.readouterr().out
     interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
-    own = record_path(resolve(replace(e, micro_batch=5))).with_suffix(".pt")
+    own = resolve(replace(e, micro_batch=5)).path.with_suffix(".pt")
     own.rename(f"{own}.previous")  # killed between the two renames
     run(replace(e, micro_batch=5))
     assert "carrying on" not in capsys.readouterr().out
 
 
 def hold(path):
-    with experiment.locked(Path(path)):
+    with lock(path):
         Path(f"{path}.held").touch()
         time.sleep(60)
 
 
 def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
     e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
-    holder = start(hold, str(record_path(e)))
-    while not Path(f"{record_path(e)}.held").exists(): assert holder.is_alive(); time.sleep(0.01)
+    holder = start(hold, str(e.path))
+    while not Path(f"{e.path}.held").exists(): assert holder.is_alive(); time.sleep(0.01)
     assert state(e) == "running"
     with pytest.raises(ValueError, match="is being made by another process"): run(e)
     sweep = Sweep([e], "process")
@@ -156,7 +160,7 @@ def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
 
 
 def test_the_paper_grid_is_what_the_paper_and_the_t4_reproduction_ran(capsys):
-    assert sweep_main("sweep --dry-run --executor process --device cpu".split()) == 0
+    assert sweep.main("--dry_run --executor process --device cpu".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     runs = {line.split()[0].removeprefix("outputs/").removesuffix("-seed0.npz") for line in lines[:-1]}
     small_and_large = {"vgg19bn": (128, 2048), "resnet20": (128, 2048), "alexnet": (256, 4096)}
@@ -167,7 +171,7 @@ def test_the_paper_grid_is_what_the_paper_and_the_t4_reproduction_ran(capsys):
     assert runs == expected and lines[-1].startswith("29 runs")
     assert len(select("paper", seeds=5, dataset="cifar100", device="cpu")) == 5 * 20
     for option in ("--seeds", "--jobs"):
-        assert sweep_main(["sweep", "--grid", "digits", option, "0"]) == 2 and f"{option[2:]} must be at least 1, not 0" in capsys.readouterr().err
+        assert sweep.main(["--grid", "digits", option, "0"]) == 2 and f"{option[2:]} must be at least 1, not 0" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, capsys):
@@ -175,7 +179,7 @@ def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, c
     runs = [resolve(e) for e in bad + good]
     sweep = Sweep(runs, "process")
     assert sweep.table().endswith("2 runs, 2 left to do")
-    assert sweep.run() == [record_path(runs[0])]
+    assert sweep.run() == [runs[0].path]
     out = capsys.readouterr().out
     assert "FAILED" in out and "batch size 1,500 is larger" in out and "[2/2]" in out and "complete: test error" in out
     assert Sweep(runs, "process").table().endswith("2 runs, 1 left to do")
@@ -199,14 +203,14 @@ def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
 
 def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkeypatch):
     "One epoch in small on real images: a slice of the training set, so that it takes seconds."
-    whole = experiment.load_data
+    whole = train.load_data
 
     def slice_of(name, data_dir, device):
         data = whole(name, data_dir, device)
         data.crops, data.train_size, data.test, data.test_size = data.crops[::10], 5000, [t[::10] for t in data.test], 1000
         data.labels = data.labels[::10]
         return data
-    monkeypatch.setattr(experiment, "load_data", slice_of)
+    monkeypatch.setattr(train, "load_data", slice_of)
     e = Experiment(dataset="cifar10", data_dir=cifar10, batch_size=64, max_batch_size=128, lr=0.02, epochs=4, every=2, device="cpu")
     first, second = (run(replace(e, output_dir=str(tmp_path / k))) for k in "ab")
     assert record.differences(first, second) == []

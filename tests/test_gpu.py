@@ -5,15 +5,16 @@ import pytest
 import torch
 from conftest import small
 
-from adabatch import experiment, gpu, record
-from adabatch.experiment import Experiment, record_path, resolve
+from adabatch import gpu, record, train
+from adabatch.experiment import Experiment, resolve
+from adabatch.trainer import Trainer
 
 
-class Slow(experiment.Trainer):
+class Slow(Trainer):
     "Takes a second an update."
-    def _step(self, *args):
-        super()._step(*args)
+    def _pause(self, saver):
         time.sleep(1)
+        super()._pause(saver)
 
 
 def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, quick, capsys):
@@ -23,10 +24,10 @@ def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, quick, c
     monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
     options = ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
     with monkeypatch.context() as slowly:
-        slowly.setattr(experiment, "Trainer", Slow)
+        slowly.setattr(train, "Trainer", Slow)
         assert gpu.main([*options, "--minutes", "0.15"]) == 0
     assert "the time is up" in capsys.readouterr().out
-    under_way, = (tmp_path / "out").rglob("*.pt")
+    under_way, = (tmp_path / "out").rglob("*-seed0.pt")
     assert tarfile.open(tmp_path / "all.tar").getnames() == []
     assert gpu.main([*options, "--minutes", "5"]) == 0
     assert "4 of 4 runs are done" in capsys.readouterr().out
@@ -39,7 +40,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, quick, capsys):
     common = dict(epochs=1, data_dir=str(tmp_path / "none"), output_dir=str(tmp_path), device="cpu")
     absent, good = (resolve(Experiment(model, dataset, **common)) for model, dataset in (("resnet50", "imagenet"), ("alexnet", "fake")))
     assert gpu.spend([absent, good], 5) == 1
-    assert "FAILED, ValueError" in capsys.readouterr().out and record_path(good).exists()
+    assert "FAILED, ValueError" in capsys.readouterr().out and good.path.exists()
 
 
 def test_after_the_time_is_up_nothing_is_begun(tmp_path, capsys):

@@ -12,11 +12,13 @@ import torch
 from conftest import small, together
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from adabatch import train
+from adabatch import files, trainer as engine
 from adabatch.data import Images, load_data
 from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
-from adabatch.train import Interrupted, Trainer, joined, load_checkpoint, pieces, save_checkpoint, share, spans, split
+from adabatch.files import load_checkpoint, save_checkpoint
+from adabatch.loader import batch_slices, micro_batches, shard, split
+from adabatch.trainer import Interrupted, Trainer, process_group
 
 GROWING = adabatch(16, 64, lr=0.02, every=2, epochs=4)
 
@@ -35,12 +37,12 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def test_shares_and_pieces_cover_every_sample_once():
+def test_shards_and_micro_batches_cover_every_sample_once():
     assert split(128, 3) == [43, 43, 42]
     for batch, size, micro in ((128, 3, 64), (128, 3, 7), (2, 3, 1), (100, 1, 30)):
-        for span in spans(300, batch, drop_last=False):
-            samples = [i for rank in range(size) for a, b in pieces(share(span, rank, size), micro) for i in range(a, b)]
-            assert samples == list(range(*span))
+        for batch_slice in batch_slices(300, batch, drop_last=False):
+            samples = [i for rank in range(size) for a, b in micro_batches(shard(batch_slice, rank, size), micro) for i in range(a, b)]
+            assert samples == list(range(*batch_slice))
 
 
 # --- however an update is cut -------------------------------------------------------------------------------------------
@@ -62,7 +64,7 @@ class Watched:
 
 def cut(folder, updates):
     "Train for so many updates with batches that divide evenly by 1, 2 and 3 and that do not; leaves weights and samples in `folder`."
-    with joined("cpu"):
+    with process_group("cpu"):
         for batch in (126, 128):
             for micro in (None, 7, 64):
                 t = trainer(fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro)
@@ -93,7 +95,7 @@ def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
 
 def lonely(folder):
     "A batch of two on three processes: one of them has nothing to do."
-    with joined("cpu"):
+    with process_group("cpu"):
         t = trainer(fixed(2, lr=0.02, epochs=1), small(torch.float64), Watched(11), drop_last=False)
         history = t.fit()
         if t.world.rank == 0: torch.save([weights(t.model), clockless(history)[0]["train_loss"]], f"{folder}/{t.world.size}.pt")
@@ -121,7 +123,8 @@ def test_an_update_is_that_of_plain_pytorch():
 
 def normalised(folder, stop):
     "ResNet-20, with batch normalisation, on three processes; stopped after `stop` updates if that is not 0."
-    with joined("cpu"):
+    engine.ASK_SECONDS = 0  # every update is a moment to stop at
+    with process_group("cpu"):
         torch.manual_seed(0)
         t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), get_model("resnet20"), Watched(96))
 
@@ -179,7 +182,8 @@ def test_resumed_with_another_micro_batch_takes_the_same_samples(tmp_path):
 
 def elsewhere(folder, stop):
     "The same training as `stopped`, by however many processes there are."
-    with joined("cpu"):
+    engine.ASK_SECONDS = 0
+    with process_group("cpu"):
         t = trainer(GROWING, small(torch.float64))
 
         def interrupt(epoch, update, updates):
@@ -210,18 +214,18 @@ def test_cut_in_two_ways_stays_so_after_another_interruption(tmp_path):
 def test_what_is_done_between_updates_is_in_no_phase():
     t = trainer(fixed(64, lr=0.02, epochs=1), data=Watched(640))
     row, = t.fit(on_update=lambda *_: time.sleep(0.02))
-    assert row["train_seconds"] - sum(row[f"{phase}_seconds"] for phase in train.PHASES) >= 10 * 0.02
+    assert row["train_seconds"] - sum(row[f"{phase}_seconds"] for phase in engine.PHASES) >= 10 * 0.02
 
 
 def test_a_device_without_a_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [train.check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
+    assert [engine.check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
 
 
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
     writes = []
-    monkeypatch.setattr(train, "save_checkpoint", lambda path, state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state))
+    monkeypatch.setattr(engine, "save_checkpoint", lambda path, state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state))
     torch.manual_seed(0)
     model = get_model("resnet20")
     t = trainer(fixed(32, lr=0.1, epochs=1), model, Watched(96))
@@ -250,7 +254,7 @@ def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
     whole, state = path.read_bytes(), load_checkpoint(path)
     for i in range(0, len(whole), 3):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1:])
-        found = train._read(path)
+        found = files._read(path)
         assert found is None or (found["step"] == 1 and torch.equal(found["weights"], state["weights"]))
 
 
@@ -280,9 +284,9 @@ class Cramped(torch.nn.Module):
 
 def cramped(folder):
     "Only process 1 runs out of memory, and above 10 samples."
-    with joined("cpu"):
+    with process_group("cpu"):
         t = trainer(GROWING, Cramped(10 if int(os.environ.get("RANK", 0)) == 1 else 10**6))
-        t.tries_memory = True
+        t.micro_batch.tries_memory = True
         history = t.fit()
         if t.world.rank == 0: torch.save([weights(t.model), [r["micro_batch"] for r in history]], f"{folder}/{t.world.size}.pt")
 
@@ -296,7 +300,7 @@ def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path):
 
 def test_not_even_one_sample_fits():
     t = trainer(GROWING, Cramped(0))
-    t.tries_memory = True
+    t.micro_batch.tries_memory = True
     with pytest.raises(MemoryError, match="not even one sample"): t.fit()
 
 
@@ -304,7 +308,7 @@ def test_trying_a_batch_leaves_no_trace():
     torch.manual_seed(0)
     t = trainer(GROWING, get_model("resnet20"))
     before = copy.deepcopy(t.model.state_dict())
-    assert t._fits(4)
+    assert engine.try_size(t.step, *t.micro_batch.sample(4)) is None
     assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
     assert all(p.grad is None for p in t.model.parameters())
 
@@ -360,8 +364,8 @@ def test_warmup_moves_the_learning_rate_update_by_update():
 
 def test_phases_fill_the_epoch():
     for row in trainer(GROWING).fit():
-        phases = sum(row[f"{p}_seconds"] for p in train.PHASES)
-        assert 0 < phases <= row["train_seconds"] and all(row[f"{p}_seconds"] > 0 for p in train.PHASES)
+        phases = sum(row[f"{p}_seconds"] for p in engine.PHASES)
+        assert 0 < phases <= row["train_seconds"] and all(row[f"{p}_seconds"] > 0 for p in engine.PHASES)
         assert row["forward_seconds_slowest"] == row["forward_seconds"]  # one process
 
 
@@ -370,21 +374,21 @@ def test_precisions_run():
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"): train.check_device("cuda:77")
-    with pytest.raises(ValueError, match="unknown device 'gpu'"): train.check_device("gpu")
+    with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"): engine.check_device("cuda:77")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"): engine.check_device("gpu")
     with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"): trainer(fixed(2048, lr=0.1))
 
 
 def synchronised(folder):
     "Counts the exchanges of gradients in two updates of four pieces a process."
-    with joined("cpu"):
+    with process_group("cpu"):
         t = trainer(fixed(128, lr=0.02, epochs=1), data=Watched(256), micro_batch=16)
         exchanges = []
 
         def count(state, bucket):
             exchanges.append(bucket.index())
             return allreduce_hook(None, bucket)
-        t.net.register_comm_hook(None, count)
+        t.step.net.register_comm_hook(None, count)
         t.fit()
         assert exchanges.count(0) == 2, exchanges
 
