@@ -138,7 +138,8 @@ def plot_phases(record: Record):
         seconds = np.array([np.median(spent[record.batch_size == s]) for s in sizes])
         ax.barh([f"{s:,}" for s in sizes], seconds, left=below, label=phase)
         below += seconds
-    ax.set(xlabel=f"seconds per epoch (median of the stage's epochs; {record.environment['device']})", ylabel="batch size (samples)")
+    device = record.environment["device"]
+    ax.set(xlabel=f"seconds per epoch (median of the stage's epochs; {device})", ylabel="batch size (samples)")
     ax.invert_yaxis()
     ax.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     return fig

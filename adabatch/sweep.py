@@ -102,7 +102,7 @@ class Sweep:
                 raise
         return self.failed
 
-# %% ../nbs/08_sweep.ipynb #75dafd88
+# %% ../nbs/08_sweep.ipynb #96825a18
 _LEFT_OUT = "model", "dataset", "schedule", "seed", "resume"
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,14 +114,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="only the arms of this network")
     parser.add_argument("--seeds", type=int, default=1, help="runs of every arm (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
-    parser.add_argument("--executor", default="papermill", help="papermill, or process: no notebooks (default: papermill)")
+    parser.add_argument("--executor", default="papermill",
+                        help="papermill, or process: no notebooks (default: papermill)")
     parser.add_argument("--dry_run", action="store_true", help="only show the runs and their states")
     add_options(parser.add_argument_group("for every arm"), _LEFT_OUT)
     options = vars(parser.parse_args(argv))
     return exit_code(lambda: _command(options))
 
 def _command(options):
-    runs = select(options["grid"], options["seeds"], options["dataset"], options["model"], **overrides(options, _LEFT_OUT))
+    which = (options[name] for name in ("grid", "seeds", "dataset", "model"))
+    runs = select(*which, **overrides(options, _LEFT_OUT))
     sweep = Sweep(runs, options["executor"], options["jobs"])
     if options["dry_run"]: return print(sweep.table())
     signal.signal(signal.SIGTERM, raise_interrupt)

@@ -73,10 +73,10 @@ def test_a_full_disk_leaves_the_record_that_was_there(tmp_path, monkeypatch):
     assert record.load(path).status == "complete" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_cut_alike_and_summary(tmp_path):
+def test_as_configured_and_summary(tmp_path):
     rows = [row | dict(batch_size=128, processes=3, micro_batch=43, samples=1000, train_seconds=2.0, test_seconds=0.5) for row in history()]
     for config, expected in ((dict(processes=3, micro_batch=None), True), (dict(processes=3, micro_batch=64), True), (dict(processes=1, micro_batch=None), False),
                              (dict(processes=3, micro_batch=7), False)):
         save(tmp_path / "run.npz", history=rows, config=config)
-        assert record.load(tmp_path / "run.npz").cut_alike is expected
+        assert record.load(tmp_path / "run.npz").as_configured is expected
     assert "500 training samples/s, 8 s on none" in record.load(tmp_path / "run.npz").summary()
