@@ -149,31 +149,34 @@ class PhaseClock:
             if phase: seconds[phase] += a.elapsed_time(b) / 1000 if self.cuda else b - a
         return [*seconds.values(), time.perf_counter() - self.begin]
 
-# %% ../nbs/04_trainer.ipynb #1257d8d3
+# %% ../nbs/04_trainer.ipynb #563957b5
 class EpochSums:
     "What one process adds up over an epoch."
     def __init__(self, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.counts = torch.zeros(2, dtype=dtype, device=device)  # of the loss and of the metric, over samples
+        self.loss, self.metric = torch.zeros(2, dtype=dtype, device=device).unbind()  # summed over samples
         self.seconds = [0.0] * (len(PHASES) + 1)  # of the phases, and of everything
         self.resize_seconds = 0.0  # of finding micro-batches that fit
 
     def add(self, loss: torch.Tensor, metric: torch.Tensor, weight: float):
         "Add what a micro-batch gave, without waiting for the device."
-        self.counts += weight * torch.stack([loss.to(self.counts.dtype), metric.to(self.counts.dtype)])
+        self.loss.add_(loss, alpha=weight)
+        self.metric.add_(metric, alpha=weight)
 
     def add_seconds(self, seconds: list[float]):
         self.seconds = [a + b for a, b in zip(self.seconds, seconds)]
 
     def gather(self, world: World) -> torch.Tensor:
         "Everybody's sums, (processes, 2 + phases + 2) float64. Waits for the device."
-        return world.gather([*self.counts.tolist(), *self.seconds, self.resize_seconds])
+        return world.gather([self.loss.item(), self.metric.item(), *self.seconds, self.resize_seconds])
 
     def restore(self, rows: torch.Tensor, world: World):
         "Take up what `gather` gave."
-        if len(rows) == world.size: counts, seconds = rows[world.rank, :2], rows[world.rank, 2:]
-        else: counts, seconds = rows[:, :2].sum(0), rows[:, 2:].mean(0)
-        if len(rows) == world.size or world.rank == 0: self.counts.copy_(counts)
+        if len(rows) == world.size: totals, seconds = rows[world.rank, :2], rows[world.rank, 2:]
+        else: totals, seconds = rows[:, :2].sum(0), rows[:, 2:].mean(0)
+        if len(rows) == world.size or world.rank == 0:
+            self.loss.copy_(totals[0])
+            self.metric.copy_(totals[1])
         *self.seconds, self.resize_seconds = seconds.tolist()
 
 # %% ../nbs/04_trainer.ipynb #cc6f05db

@@ -395,3 +395,32 @@ def synchronised(folder):
 
 def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
     together(2, synchronised, str(tmp_path))
+
+
+# --- compiled ----------------------------------------------------------------------------------------------------------
+
+def compiled(folder):
+    "Losses of 22 updates across a milestone, plain and compiled."
+    with process_group("cpu"):
+        losses = {}
+        for compile in (False, True):
+            t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), data=Watched(240), compile=compile)
+            seen, before = [], [0.0]
+
+            def record(epoch, update, updates):
+                total = t.state.sums.loss.item()
+                seen.append(total - before[0] if update > 1 else total)
+                before[0] = total
+            t.fit(on_update=record)
+            losses[compile] = seen, weights(t.model)
+        if t.world.rank == 0: torch.save(losses, f"{folder}/{t.world.size}.pt")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_and_plain_agree_across_a_milestone(tmp_path, processes):
+    together(processes, compiled, str(tmp_path), seconds=300)
+    losses = torch.load(tmp_path / f"{processes}.pt")
+    (plain, a), (graphs, b) = losses[False], losses[True]
+    assert len(plain) == len(graphs) == 22
+    assert graphs == pytest.approx(plain, rel=1e-4)
+    assert (a - b).norm() < 1e-4 * a.norm()
