@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test sweep report gpu bench lab export
+.PHONY: setup run test sweep evidence report gpu bench lab export
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -23,7 +23,10 @@ test: setup  ## the notebooks, then the exported modules
 	python -m pytest -q tests
 
 sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar100 --seeds 5")
-	python -m adabatch.experiment sweep $(ARGS)
+	python -m adabatch.sweep $(ARGS)
+
+evidence: setup  ## what two CPU cores can make of the paper, in order of worth, beside other work; SIGTERM stops it
+	OMP_NUM_THREADS=1 nice -n 19 python -m adabatch.sweep --grid cpu --device cpu $(ARGS)
 
 report: setup  ## execute the report on outputs/, and make one HTML page and the README's figure of it
 	papermill nbs/report.ipynb outputs/report.ipynb

@@ -9,8 +9,8 @@ __all__ = ['PHASES', 'PRECISIONS', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECO
            'Checkpoints', 'State', 'MicroBatch', 'device_settings', 'synchronize', 'seed_device', 'EpochLoop',
            'epoch_row', 'Trainer']
 
-# %% ../nbs/04_trainer.ipynb #3532539f
-import contextlib, copy, ctypes, json, math, os, platform, signal, sys, time
+# %% ../nbs/04_trainer.ipynb #449475b0
+import contextlib, copy, ctypes, json, math, os, platform, signal, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from .files import load_checkpoint, save_checkpoint
 from .loader import batch_slices, micro_batches, shard, split
-from .schedule import Schedule, Stage
+from .schedule import Schedule
 
 # %% ../nbs/04_trainer.ipynb #f5f164b3
 class World:
@@ -103,7 +103,7 @@ def best_device() -> str:
     "The fastest kind of device this machine has: cuda, mps or cpu."
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
-# %% ../nbs/04_trainer.ipynb #6a3d17de
+# %% ../nbs/04_trainer.ipynb #415b9307
 _allocator = "as found"
 
 def keep_freed_memory() -> bool:
@@ -112,7 +112,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc": return False
     mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # malloc.h
     settings = {mmap_max: 0, trim_threshold: -1, top_pad: 64 << 20, arena_max: 1}
-    if not all([ctypes.CDLL(None).mallopt(name, value) for name, value in settings.items()]): return False
+    if not all(ctypes.CDLL(None).mallopt(name, value) for name, value in settings.items()): return False
     _allocator = "glibc, freed memory kept"
     return True
 

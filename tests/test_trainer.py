@@ -399,20 +399,20 @@ def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
 
 # --- compiled ----------------------------------------------------------------------------------------------------------
 
+def losses_of(t):
+    "The loss of each update of a training."
+    totals = []
+    t.fit(on_update=lambda epoch, update, updates: totals.append((update, t.state.sums.loss.item())))
+    return [total - totals[i - 1][1] if update > 1 else total for i, (update, total) in enumerate(totals)]
+
+
 def compiled(folder):
     "Losses of 22 updates across a milestone, plain and compiled."
     with process_group("cpu"):
         losses = {}
         for compile in (False, True):
             t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), data=Watched(240), compile=compile)
-            seen, before = [], [0.0]
-
-            def record(epoch, update, updates):
-                total = t.state.sums.loss.item()
-                seen.append(total - before[0] if update > 1 else total)
-                before[0] = total
-            t.fit(on_update=record)
-            losses[compile] = seen, weights(t.model)
+            losses[compile] = losses_of(t), weights(t.model)
         if t.world.rank == 0: torch.save(losses, f"{folder}/{t.world.size}.pt")
 
 
