@@ -120,12 +120,12 @@ class _Unroller:
 
     def _clock(self):
         "What milestones are compared with: the time now, its increment for an update and for an epoch."
-        size = self.stage.batch_size
-        left = self.samples - self.start
+        size, start = self.stage.batch_size, min(self.start, self.samples)
+        left = self.samples - start
         updates = left // size if self.drop_last else -(-left // size)
         if self.schedule.unit == "updates": return self.update, 1, updates, updates
         if self.schedule.unit == "samples": return self.used, size, min(updates * size, left), updates
-        return self.epoch * self.samples + self.start, size, self.samples, updates
+        return self.epoch * self.samples + start, size, self.samples, updates
 
     def _milestone(self):
         "When the next stage begins, on the same clock; None if there is none."
@@ -154,22 +154,23 @@ class _Unroller:
         self.start += samples
 
     def _end_epoch(self, epochs=1):
+        "Close what is open, now that it is known where the epoch ends."
         self.segments += [replace(segment, end=self.start) for segment in self.open]
         self.epoch, self.start, self.open = self.epoch + epochs, 0, []
 
     def walk(self):
+        "All segments, in order."
+        margin = 0 if self.schedule.unit == "epochs" else 1  # a smaller batch may begin in what the last one left of an epoch
         while self.epoch < self.schedule.epochs:
             self._enter_stage()
             now, step, cycle, left = self._clock()
             due, epochs = self._milestone(), self.schedule.epochs - self.epoch
-            if due is not None and self.start == 0: epochs = min(epochs, (due - now) // cycle)
-            if self.start == 0 and epochs > 0:
+            if due is not None and self.start == 0: epochs = min(epochs, (due - now - margin) // cycle)
+            if left == 0: self._end_epoch()
+            elif self.start == 0 and epochs > 0:
                 self._add(left, epochs)
                 self._end_epoch(epochs)
-                continue
-            updates = left if due is None else min(left, -((now - due) // step))
-            if updates: self._add(updates, 1)
-            if updates == left: self._end_epoch()
+            else: self._add(left if due is None else min(left, -((now - due) // step)), 1)
         return tuple(self.segments)
 
 # %% ../nbs/00_schedule.ipynb #9d2a4c7e
@@ -414,7 +415,7 @@ def _first_below(value, bound, low, high):
     return high
 
 def _falls(value, points, growth, most):
-    "Where `value(k)`, 0 <= k < points, has fallen by `growth` since the last time, `most` times at most; its peak before."
+    "Where `value(k)`, 0 <= k < points, has fallen by `growth` since the last time, up to `most` times; its peak."
     k, reference, peak = 0, value(0), None
     stride, falls = max(1, points // 2**14), []
     while k < points - 1:
