@@ -1,12 +1,13 @@
-import re
-from pathlib import Path
+import math
+import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
-from adabatch.data import Batches
-from adabatch.schedule import Schedule, Stage, adabatch, fixed
+from adabatch.schedule import Curve, Schedule, Stage, adabatch, fixed, from_lr_schedule
 
 
 def test_both_sides_of_every_milestone():
@@ -48,7 +49,7 @@ def test_warmup_ends_at_the_scaled_rate():
 @pytest.mark.parametrize("make, error, line", [
     (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
     (lambda: adabatch(4, 24, lr=0.1), ValueError, r"max_batch_size \(24\) is not batch_size \(4\) times a power of growth \(2\)"),
-    (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be at least 2"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
     (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
     (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
     (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be a whole number, not True"),
@@ -69,16 +70,192 @@ def test_values():
     assert isinstance(a, Schedule)
 
 
-def test_the_loop_in_the_readme_runs():
-    loop = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[1]
-    dataset = torch.utils.data.TensorDataset(torch.randn(300, 4), torch.randint(2, (300,)))
-    model = torch.nn.Linear(4, 2)
-    seen = []
+two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
 
-    def train_step(x, y):
-        seen.append((len(x), names["optimizer"].param_groups[0]["lr"]))
 
-    names = dict(dataset=dataset, optimizer=torch.optim.SGD(model.parameters(), lr=1.0), train_step=train_step, torch=torch, Batches=Batches)
-    exec(loop.replace("adabatch(128, 2048, lr=0.01)", "adabatch(16, 64, lr=0.01, every=1, epochs=3)"), names)
-    assert [size for size, _ in seen] == [16] * 18 + [12] + [32] * 9 + [12] + [64] * 4 + [44]
-    assert seen[-1][1] == pytest.approx(0.01 * 0.75**2)
+@pytest.mark.parametrize("ask, error, line", [
+    (lambda: two.at(2.5), TypeError, "epoch must be a whole number, not 2.5"),
+    (lambda: two.at("1"), TypeError, "epoch must be a whole number, not '1'"),
+    (lambda: two.at(True), TypeError, "epoch must be a whole number"),
+    (lambda: two.at(np.arange(3)), TypeError, "epoch must be a whole number"),
+    (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
+    (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
+    (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
+    (lambda: two.lr(10**20), ValueError, "epoch must be at most"),
+    (lambda: two.updates(0, -1), ValueError, "samples must be at least 1, not -1"),
+    (lambda: two.updates(0, 1.5), TypeError, "samples must be a whole number, not 1.5"),
+    (lambda: two.updates(9, 100), ValueError, "epoch 9 is outside"),
+    (lambda: two.unroll([100]), TypeError, "samples must be a whole number"),
+    (lambda: two.clamped(0), ValueError, "largest must be at least 1"),
+    (lambda: Schedule((), 3), ValueError, "1 to 10,000 stages, not 0"),
+    (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
+    (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
+    (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
+    (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be a whole number"),
+    (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
+    (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
+    (lambda: Schedule((Stage(0, 4, 0.1),), 3, unit="hours"), ValueError, "unknown unit 'hours': choose from epochs"),
+    (lambda: Schedule((Stage(0, 4, 0.1), Stage(1.5, 4, 0.1)), 3, unit="updates"), TypeError, "in updates must be a whole"),
+    (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
+    (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
+    (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
+    (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "more than 10,000 stages: raise every, or give milestones"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
+    (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "the learning rate at 40 epochs must be positive and finite"),
+    (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0 epochs must be"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=60), TypeError, "milestones must be a list"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=[60, 60]), ValueError, "must be positive and increase"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=[0, 60]), ValueError, "must be positive and increase"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=["60"]), TypeError, "a milestone must be a number, not '60'"),
+    (lambda: adabatch(4, 8, lr=0.1, unit="updates"), ValueError, "give milestones"),
+    (lambda: from_lr_schedule(0.1, 4, 8, 10), TypeError, "curve must be a function of progress or a scheduler"),
+    (lambda: from_lr_schedule(lambda p: "0.1", 4, 8, 10), TypeError, "curve must be a number"),
+    (lambda: from_lr_schedule(lambda p: math.inf, 4, 8, 10), ValueError, "curve must be finite"),
+    (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
+    (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
+    (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
+])
+def test_one_line_says_what_is_wrong(ask, error, line):
+    with pytest.raises(error, match=line) as caught:
+        ask()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_a_long_training_costs_no_more_than_its_stages():
+    begin = time.perf_counter()
+    schedule = adabatch(16, 64, lr=0.1, milestones=[10**6, 10**9], epochs=10**12)
+    segments = schedule.unroll(50_000)
+    assert [(s.epoch, s.epochs) for s in segments] == [(0, 10**6), (10**6, 10**9 - 10**6), (10**9, 10**12 - 10**9)]
+    from_lr_schedule(lambda progress: 1.1 - progress, 16, 64, epochs=10**12)
+    assert time.perf_counter() - begin < 30  # not a speed: 10**12 of anything would take days
+
+
+def test_irregular_milestones_and_fractional_growth():
+    schedule = adabatch(100, 400, lr=0.1, lr_decay=0.75, growth=1.5, milestones=[60, 120, 160, 180, 300], epochs=200)
+    assert [(s.start, s.batch_size) for s in schedule.stages] == [(0, 100), (60, 150), (120, 225), (160, 338), (180, 400)]
+    rates = [s.lr / s.batch_size for s in schedule.stages]
+    assert [b / a for a, b in zip(rates, rates[1:])] == pytest.approx([0.5] * 4, rel=1e-14)
+    assert fixed(8, lr=1.0, lr_decay=0.5, milestones=[3, 4], epochs=9).stages == (Stage(0, 8, 1.0), Stage(3, 8, 0.5), Stage(4, 8, 0.25))
+    assert adabatch(16, 64, lr=0.1, growth=2.0) == adabatch(16, 64, lr=0.1)
+    assert adabatch(16, 64, lr=0.1, milestones=range(20, 100, 20)) == adabatch(16, 64, lr=0.1)
+
+
+def unrolled(schedule, samples, drop_last):
+    "(epoch, start, batch size) of every update, by the definition: one update after the other."
+    updates, used = [], 0
+    for epoch in range(schedule.epochs):
+        start = 0
+        while True:
+            now = {"epochs": Fraction(start, samples) + epoch, "samples": used, "updates": len(updates)}[schedule.unit]
+            size = [s.batch_size for s in schedule.stages if s.start <= now][-1]
+            stop = min(start + size, samples)
+            if start == samples or (drop_last and stop - start < size): break
+            updates.append((epoch, start, size))
+            start, used = stop, used + stop - start
+    return updates
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("unit, milestones", [
+    ("epochs", [1, 2]), ("epochs", [0.5, 1.25, 1.375]), ("epochs", [0.0625, 0.125, 2.96875, 3.5]), ("updates", [1, 2, 9]),
+    ("updates", [30, 31, 40]), ("samples", [1, 65, 66]), ("samples", [96, 100, 192, 200]), ("samples", [290, 500, 10**9]),
+])
+def test_unrolled_as_defined(unit, milestones, drop_last):
+    stages = [Stage(start, size, 0.1) for start, size in zip([0, *milestones], [16, 7, 50, 64, 33])]
+    schedule = Schedule(stages, epochs=6, unit=unit)
+    for samples in (64, 100, 160):
+        flat = [(s.epoch + e, s.start + u * s.stage.batch_size, s.stage.batch_size)
+                for s in schedule.unroll(samples, drop_last) for e in range(s.epochs) for u in range(s.updates)]
+        assert flat == unrolled(schedule, samples, drop_last)
+        assert [schedule.updates(e, samples, drop_last) for e in range(6)] == [sum(u[0] == e for u in flat) for e in range(6)]
+
+
+def test_a_batch_beyond_the_data_is_refused_or_clamped_with_its_rate():
+    schedule = adabatch(64, 1024, lr=0.1, every=1, epochs=5, warmup_epochs=1, base_batch_size=32)
+    with pytest.raises(ValueError, match=r"batch size 512 is larger than the training set of 300 samples: .* schedule.clamped\(300\)"):
+        schedule.unroll(300)
+    small = schedule.clamped(300)
+    assert [s.batch_size for s in small.stages] == [64, 128, 256, 300, 300]
+    assert [s.lr / s.batch_size for s in small.stages] == pytest.approx([s.lr / s.batch_size for s in schedule.stages], rel=1e-14)
+    curve = from_lr_schedule(lambda p: 0.1 * 0.1**p, 64, 512, epochs=4, rule="sqrt").clamped(300)
+    assert curve.at(3, 0.8).batch_size == 300
+    assert curve.lr(3, 0.8) == pytest.approx(0.1 * 0.1**0.95 * (300 / 64) ** 0.5)
+
+
+def optimizer(lr):
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+SCHEDULERS = {
+    "cosine": (lambda o: lr_scheduler.CosineAnnealingLR(o, 40), 40),
+    "step": (lambda o: lr_scheduler.StepLR(o, 10, gamma=0.1), 40),
+    "stable, then down": (lambda o: lr_scheduler.LambdaLR(o, lambda k: min((k + 1) / 5, 1, (42 - k) / 20)), 40),
+    "polynomial": (lambda o: lr_scheduler.PolynomialLR(o, 400, power=2), 400),
+    "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=400), 400),
+    "sequential": (lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o, 0.1, total_iters=5),
+                                                           lr_scheduler.ExponentialLR(o, 0.9)], [5]), 40),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("rule, power", [("linear", 1), ("sqrt", 0.5), (0.75, 0.75)])
+def test_pytorchs_schedulers(name, rule, power):
+    make, steps = SCHEDULERS[name]
+    (a, b), epochs = (optimizer(0.1), optimizer(0.1)), 40
+    given, own = make(a), make(b)
+    before = a.state_dict(), repr(given.state_dict())
+    schedule = from_lr_schedule(given, 16, 256, epochs, rule=rule, steps=None if steps == epochs else steps)
+    assert (a.state_dict(), repr(given.state_dict())) == before
+    sizes, expected = [], []
+    for step in range(steps):
+        if step:
+            b.step()
+            own.step()
+        expected.append(b.param_groups[0]["lr"] / 16**power)
+        stage = schedule.at(step * epochs // steps, step * epochs % steps / steps)
+        sizes.append(stage.batch_size)
+    rates = [schedule.lr(k * epochs // steps, k * epochs % steps / steps) / size**power for k, size in enumerate(sizes)]
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert sizes == sorted(sizes) and sizes[0] == 16 and len(set(sizes)) >= 3
+    lowest = sizes.index(32)  # the batch is doubled as soon as the curve is at half its peak, no earlier
+    assert expected[lowest] <= max(expected) / 2 * (1 + 1e-9) < expected[lowest - 1]
+
+
+def test_a_scheduler_without_a_curve():
+    with pytest.raises(TypeError, match="ReduceLROnPlateau depends on the training: it has no curve"):
+        from_lr_schedule(lr_scheduler.ReduceLROnPlateau(optimizer(0.1)), 16, 32, 10)
+    stepped = lr_scheduler.StepLR(optimizer(0.1), 3)
+    stepped.optimizer.step()
+    stepped.step()
+    with pytest.raises(ValueError, match="stepped already"):
+        from_lr_schedule(stepped, 16, 32, 10)
+
+
+@pytest.mark.parametrize("decay, growth", [(0.375, 2), (0.1, 2), (0.5, 2), (0.1, 10), (0.2, 3), (0.4, 1.5)])
+def test_adabatch_is_the_linear_rule_on_a_step_decay(decay, growth):
+    top = round(16 * growth**3) if isinstance(growth, int) else 50
+    ours = adabatch(16, top, lr=0.1, lr_decay=decay * growth, growth=growth, every=7, epochs=40)
+    for curve in (lambda p: 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7), lr_scheduler.StepLR(optimizer(0.1), 7, gamma=decay)):
+        theirs = from_lr_schedule(curve, 16, top, epochs=40, growth=growth)
+        for epoch in range(40):
+            assert theirs.at(epoch, 0.3).batch_size == ours.at(epoch, 0.3).batch_size
+            assert theirs.lr(epoch, 0.3) == pytest.approx(ours.lr(epoch, 0.3), rel=1e-12)
+
+
+def test_seesaw():
+    "Where the scheduler divides the learning rate by a, it is divided by sqrt(a), and the batch multiplied by a."
+    schedule = from_lr_schedule(lambda p: 0.1 / 4 ** int(4 * p), 8, 512, epochs=4, rule="sqrt", growth=4)
+    assert [(s.start, s.batch_size, s.lr) for s in schedule.stages] == [(k, 8 * 4**k, pytest.approx(0.1 / 2**k)) for k in range(4)]
+
+
+def test_a_curve_that_rises_again_shrinks_no_batch():
+    schedule = from_lr_schedule(lambda p: 0.1 + 0.09 * math.cos(4 * math.pi * p), 8, 256, epochs=10)
+    sizes = [schedule.at(e).batch_size for e in range(10)]
+    # the peak is 0.19 and the lowest 0.01: four halvings, and in the second half nothing lower
+    assert sizes == [8, 8, 32, 128, 128, 128, 128, 128, 128, 128]
+    assert schedule.lr(5) / 128 == pytest.approx(0.19 / 8)
+    assert isinstance(schedule.curve, Curve)
