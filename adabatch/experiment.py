@@ -176,13 +176,12 @@ def _check_here(e):
     if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
         raise ValueError("bf16 on a CPU without AMX is far slower than fp32: give precision fp32")
 
-# %% ../nbs/06_experiment.ipynb #6e54ceaa
+# %% ../nbs/06_experiment.ipynb #b60b1b8a
 def make_schedule(e: Experiment) -> Schedule:
     "The schedule of an experiment whose values are filled in. TypeError or ValueError if its numbers make none."
     names = ["batch_size", "lr", "lr_decay", "every", "epochs", "warmup_epochs", "base_batch_size"]
     if e.schedule == "adabatch": names += ["max_batch_size", "growth"]
     values = {n: getattr(e, n) for n in names}
-    if e.schedule == "adabatch" and e.growth == int(e.growth): values["growth"] = int(e.growth)
     if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
     return (adabatch if e.schedule == "adabatch" else fixed)(**values)
 

@@ -115,6 +115,13 @@ class Plan:
         weight = (part[1] - part[0]) * self.world_size / (batch[1] - batch[0])
         return Update(update, epoch, segment.stage.batch_size, self.lr(update), batch, part, weight)
 
+    def updates_of(self, epoch: int) -> range:
+        "The updates of an epoch. ValueError if there is no such epoch."
+        epoch = whole_number("epoch", epoch, least=0, most=self.schedule.epochs - 1)
+        inside = [s for s in self.segments if s.epoch <= epoch < s.epoch + s.epochs]
+        first = inside[0].update + (epoch - inside[0].epoch) * inside[0].updates
+        return range(first, first + sum(s.updates for s in inside))
+
     def indices(self, update: int) -> list:
         "This process's samples of an update: indices, or pairs (index, seed); one sample where its shard is empty."
         now = self.at(update)

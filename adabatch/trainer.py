@@ -9,7 +9,7 @@ __all__ = ['PHASES', 'PRECISIONS', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECO
            'Checkpoints', 'State', 'MicroBatch', 'device_settings', 'synchronize', 'seed_device', 'EpochLoop',
            'epoch_row', 'Trainer']
 
-# %% ../nbs/04_trainer.ipynb #449475b0
+# %% ../nbs/04_trainer.ipynb #85b5762a
 import contextlib, copy, ctypes, json, math, os, platform, signal, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from .files import load_checkpoint, save_checkpoint
-from .loader import batch_slices, micro_batches, shard, split
+from .loader import Plan, Update, micro_batches, shard, split
 from .schedule import Schedule
 
 # %% ../nbs/04_trainer.ipynb #f5f164b3
@@ -373,7 +373,7 @@ class State:
         self.division = saved["division"] and tuple(saved["division"])
         self.sums.restore(saved["epoch_sums"], world)
 
-# %% ../nbs/04_trainer.ipynb #cb52b989
+# %% ../nbs/04_trainer.ipynb #7f5d26d9
 class MicroBatch:
     "Samples per forward pass of one process: what was asked for, or what fits."
     def __init__(self, step: Step, asked: int | None, data):
@@ -402,10 +402,10 @@ class MicroBatch:
         self.sizes[batch_size] = size
         return size, limit
 
-    def part(self, batch: tuple[int, int], size: int) -> tuple[list[tuple[int, int]], float]:
+    def part(self, update: Update, size: int) -> tuple[list[tuple[int, int]], float]:
         "This process's micro-batches of an update, and their weight: 0 for the sample it takes if none is left for it."
-        mine = shard(batch, self.world.rank, self.world.size)
-        return (micro_batches(mine, size), 1.0) if mine[0] < mine[1] else ([(batch[0], batch[0] + 1)], 0.0)
+        if update.weight: return micro_batches(update.shard, size), 1.0
+        return [(update.batch[0], update.batch[0] + 1)], 0.0
 
 # %% ../nbs/04_trainer.ipynb #1474aa7a
 @contextlib.contextmanager
@@ -429,7 +429,7 @@ def seed_device(seed: int, device: torch.device):
     seeds = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}
     seeds.get(device.type, torch.default_generator.manual_seed)(seed)
 
-# %% ../nbs/04_trainer.ipynb #1cd54947
+# %% ../nbs/04_trainer.ipynb #f27a9ced
 class EpochLoop:
     "One epoch of training after another, in this process as one of several."
     def __init__(self,
@@ -445,17 +445,14 @@ class EpochLoop:
         loss: Callable = cross_entropy,  # of (output, targets), summed over the samples
         metric: Callable = percent_wrong,  # likewise; `train_error` and `test_error` are its means
     ):
-        for s in schedule.stages:
-            if s.batch_size <= data.train_size: continue
-            raise ValueError(f"batch size {s.batch_size:,} is larger than the training set of {data.train_size:,} "
-                             "samples")
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
-        self.seed, self.drop_last, self.precision, self.compile = seed, drop_last, precision, compile
+        self.seed, self.precision, self.compile = seed, precision, compile
         self.step = Step(self.model, optimizer, data.device, loss, metric, precision, compile)
         self.world, self.clock = self.step.world, PhaseClock(data.device)
+        self.plan = Plan(schedule, data.train_size, seed, drop_last, self.world.rank, self.world.size)
         self.micro_batch = MicroBatch(self.step, micro_batch, data)
         self.state = State(EpochSums(data.device))
         if self.world.size > 1: settle_buckets(self.step, *self.micro_batch.sample(1))
@@ -471,49 +468,49 @@ class EpochLoop:
     def prepare(self):
         "Find the micro-batches of all stages, and make their graphs if they are compiled, before anything is trained."
         begin, state = time.perf_counter(), self.state
-        for size in dict.fromkeys(s.batch_size for s in self.schedule.stages):
-            micro_batch, state.oom_limit = self.micro_batch.find(size, state.oom_limit)
-            if self.compile:
-                ends = batch_slices(self.data.train_size, size, self.drop_last)
-                parts = [p for batch in (ends[0], ends[-1]) for p in self.micro_batch.part(batch, micro_batch)[0]]
-                for count in {stop - start for start, stop in parts}:
-                    try_size(self.step, *self.micro_batch.sample(count))
+        sizes = set()  # of the micro-batches that there will be: those of a full batch, and of an epoch's last one
+        for segment in self.plan.segments:
+            size, state.oom_limit = self.micro_batch.find(segment.stage.batch_size, state.oom_limit)
+            for update in (segment.update, segment.update + segment.updates - 1):
+                parts, _ = self.micro_batch.part(self.plan.at(update), size)
+                sizes |= {stop - start for start, stop in parts}
+        for size in sorted(sizes) if self.compile else (): try_size(self.step, *self.micro_batch.sample(size))
         synchronize(self.device)
         state.sums.resize_seconds += time.perf_counter() - begin
 
     def train_epoch(self, after_update: Callable):
         "Make the updates of the current epoch that are left. `after_update(updates)` is called after each."
-        state, stage = self.state, self.schedule.at(self.state.epoch)
-        micro_batch, _ = self.micro_batch.find(stage.batch_size, state.oom_limit)
-        state.divided(self.world.size, micro_batch)
+        state, updates = self.state, self.plan.updates_of(self.state.epoch)
         self.clock.start()
-        updates = batch_slices(self.data.train_size, stage.batch_size, self.drop_last)
-        parts = [self.micro_batch.part(batch, micro_batch) for batch in updates[state.update:]]
+        left = [self.plan.at(number) for number in updates[state.update:]]
+        sizes = [self.micro_batch.find(update.batch_size, state.oom_limit)[0] for update in left]
+        for size in dict.fromkeys(sizes): state.divided(self.world.size, size)
+        parts = [self.micro_batch.part(update, size) for update, size in zip(left, sizes)]
         drawn = self.data.draw(self.seed, state.epoch)
-        batches = iter(self.data.train_batches(drawn, [p for pieces, _ in parts for p in pieces]))
+        batches = iter(self.data.train_batches(drawn, [piece for pieces, _ in parts for piece in pieces]))
         source = np.random.SeedSequence([self.seed, state.epoch, self.world.rank])
         seeds = source.generate_state(len(updates), np.uint64)
-        for (start, stop), (pieces, weight) in zip(updates[state.update:], parts):
-            lr = self.schedule.lr(state.epoch, state.update / len(updates))
-            for group in self.optimizer.param_groups: group["lr"] = lr
+        for update, (pieces, weight) in zip(left, parts):
+            for group in self.optimizer.param_groups: group["lr"] = update.lr
             seed_device(int(seeds[state.update]), self.device)
-            self.step.update(stop - start, len(pieces), weight, batches, state.sums, self.clock)
+            samples = update.batch[1] - update.batch[0]
+            self.step.update(samples, len(pieces), weight, batches, state.sums, self.clock)
             state.update += 1
             after_update(len(updates))
             self.clock.mark(None)
         state.sums.add_seconds(self.clock.read())
 
-# %% ../nbs/04_trainer.ipynb #0798a5b3
+# %% ../nbs/04_trainer.ipynb #3e0c5369
 def epoch_row(loop: EpochLoop) -> dict:
     "The numbers of the epoch that has just been trained, test included. To be called on all ranks."
-    state, data, stage = loop.state, loop.data, loop.schedule.at(loop.state.epoch)
-    updates = batch_slices(data.train_size, stage.batch_size, loop.drop_last)
-    sums, used, begin = state.sums.gather(loop.world), updates[-1][1], time.perf_counter()
+    state, data, updates = loop.state, loop.data, loop.plan.updates_of(loop.state.epoch)
+    first, used = loop.plan.at(updates[0]), loop.plan.at(updates[-1]).batch[1]
+    sums, begin = state.sums.gather(loop.world), time.perf_counter()
     loss, metric = sums[:, :2].sum(0).tolist()
     mean, slowest = sums[:, 2:].mean(0).tolist(), sums[:, 2:].amax(0).tolist()
     test_loss, test_error = evaluate(loop.step, data)
     names = [f"{phase}_seconds" for phase in (*PHASES, "train", "resize")]
-    row = dict(lr=loop.schedule.lr(state.epoch), batch_size=stage.batch_size, updates=len(updates),
+    row = dict(lr=first.lr, batch_size=first.batch_size, updates=len(updates),
                samples=used, left_out=data.train_size - used,
                processes=state.division[0], micro_batch=state.division[1],
                train_loss=loss / used, train_error=metric / used,
