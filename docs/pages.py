@@ -22,9 +22,9 @@ def copy_linked(
     source: Path,  # folder of the repository that its links start from
     target: Path,  # the same folder of the site
 ):
-    "Copy the files that `text` links to and that are no pages (figures, data) to where its links will look for them."
+    "Copy the files that `text` links to (figures, data, other Markdown) to where its links will look for them."
     for link in re.findall(r"\]\(([^)#:\s]+)", text):
-        if (source / link).is_file() and Path(link).suffix not in (".ipynb", ".md"):
+        if (source / link).is_file() and Path(link).suffix != ".ipynb" and not (target / link).exists():
             (target / link).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / link, target / link)
 
@@ -169,9 +169,10 @@ def contents(target: Path) -> str:
     "The list of pages at the side, from what there is."
     executed = sorted(p.relative_to(target).as_posix() for p in target.glob("outputs/**/*.ipynb"))
     notebooks = sorted(f"nbs/{p.name}" for p in target.glob("nbs/*.ipynb") if p.name != "report.ipynb")
+    others = sorted(p.name for p in target.glob("*.md"))
     groups = {"Evidence": ["nbs/report.ipynb", *executed, "outputs/records"], "Notebooks": notebooks,
-              "Reference": [f"api/{m.name}" for m in modules()]}
-    trees = (["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"] for name, pages in groups.items())
+              "Reference": [f"api/{m.name}" for m in modules()], "Project": others}
+    trees = (["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"] for name, pages in groups.items() if pages)
     return "\n".join(["", *("\n".join(tree) + "\n" for tree in trees)])
 
 
