@@ -29,7 +29,8 @@ html_theme = "furo"
 html_title = "adabatch"
 html_show_sourcelink = False
 html_copy_source = False
-mathjax = next(f for f in files("sphinx-mathjax-offline") if f.name == "tex-svg-full.js")  # one file, its glyphs included
+# one file, its glyphs included
+mathjax = next(f for f in files("sphinx-mathjax-offline") if f.name == "tex-svg-full.js")
 html_static_path = ["site.css", str(mathjax.locate())]
 html_css_files = ["site.css"]
 mathjax_path = mathjax.name
@@ -43,15 +44,15 @@ for module in pages.modules():
 
 
 def link_names(app, document):
-    "Make `Schedule` and `split()` in running text links to the reference. A bare lower-case word may mean something else."
+    "Make `Schedule` and `split()` in text links to the reference; a bare lower-case word may mean something else."
     for literal in list(document.findall(nodes.literal)):
         text = literal.astext()
         name = re.sub(r"\(.*\)$", "", text, flags=re.S).removeprefix(f"{pages.PACKAGE}.") if "(" in text else text
         full = names.get(name) or names.get(name.removeprefix(f"{pages.PACKAGE}."))
         if not full or isinstance(literal.parent, (nodes.reference, nodes.title, pending_xref)): continue
         if name.islower() and name.isalpha() and "(" not in text: continue
-        link = pending_xref("", literal.deepcopy(), refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refwarn=True)
-        link["refdoc"] = app.env.docname
+        attributes = dict(refdomain="py", reftype="obj", reftarget=full, refexplicit=True, refwarn=True)
+        link = pending_xref("", literal.deepcopy(), refdoc=app.env.docname, **attributes)
         literal.replace_self(link)
 
 

@@ -3,7 +3,6 @@
     python docs/pages.py FOLDER
 """
 import ast
-import inspect
 import io
 import json
 import re
@@ -58,7 +57,8 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
                 continue
             exported = re.search(r"^#\| *default_exp +(\w+)", source, re.M)
             if exported and (ROOT / PACKAGE / f"{exported[1]}.py").exists():
-                cells.append(markdown_cell(f"{{.origin}}\nReference: {{doc}}`{PACKAGE}.{exported[1]} </api/{exported[1]}>`"))
+                module = f"{PACKAGE}.{exported[1]}"
+                cells.append(markdown_cell(f"{{.origin}}\nReference: {{doc}}`{module} </api/{exported[1]}>`"))
             hidden = re.search(r"^#\| *hide *$", source, re.M)
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
             if hidden or not source.strip(): continue
@@ -76,10 +76,11 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
 
 def records_page(target: Path):
     "A table of all record files, a section a data set."
-    lines = ["# Records", "", "Every number of the report is computed from these files: `np.load(path)` opens them, and the notebook "
-             "that made or shows a run lies beside its record in the repository."]
+    lines = ["# Records", "", "Every number of the report is computed from these files. `np.load(path)` opens them, "
+             "and the notebook that made or shows a run lies beside its record in the repository."]
     stored = sorted(ROOT.glob("nbs/*.json"))
-    if stored: lines += ["", "Stored figures of other reproductions: " + ", ".join(f"[{p.name}](../nbs/{p.name})" for p in stored)]
+    links = ", ".join(f"[{p.name}](../nbs/{p.name})" for p in stored)
+    if stored: lines += ["", f"Stored figures of other reproductions: {links}"]
     for dataset in data_sets():
         lines += ["", f"(records-{dataset})=", f"## {dataset}", "", "| network | arm | records |", "|---|---|---|"]
         arms = {}
@@ -107,7 +108,7 @@ class Module:
         self.tree, self.lines = ast.parse(text), text.splitlines()
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         self.comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-        exported = [n.value for n in self.tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        exported = [n.value for n in self.tree.body if "__all__" in self.defined(n)]
         public = ast.literal_eval(exported[0]) if exported else []
         self.public = {name: n for n in self.tree.body for name in self.defined(n) if name in public}
 
@@ -124,7 +125,8 @@ class Module:
         every = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg]
         every = [a for a in every if a and a.arg not in ("self", "cls")]
         end = returns.end_lineno if returns else 0
-        fields = [f":param {a.arg}: {self.comments[a.lineno]}" for a in every if a.lineno in self.comments and a.lineno != end]
+        commented = [a for a in every if a.lineno in self.comments and a.lineno != end]
+        fields = [f":param {a.arg}: {self.comments[a.lineno]}" for a in commented]
         if end in self.comments and function.body[0].lineno > end: fields.append(f":returns: {self.comments[end]}")
         arguments.args = [a for a in arguments.args if a.arg not in ("self", "cls")]
         return f"({ast.unparse(arguments)})" + (f" -> {ast.unparse(returns)}" if returns else ""), fields
@@ -140,14 +142,15 @@ class Module:
             kind = "py:class"
             attributes = [n for n in node.body if isinstance(n, ast.AnnAssign)]
             if attributes: signature = "(" + ", ".join(ast.unparse(n) for n in attributes) + ")"
-            fields = [f":param {n.target.id}: {self.comments[n.lineno]}" for n in attributes if n.lineno in self.comments]
+            commented = [n for n in attributes if n.lineno in self.comments]
+            fields = [f":param {n.target.id}: {self.comments[n.lineno]}" for n in commented]
             for n in node.body:
                 if not isinstance(n, ast.FunctionDef): continue
                 if n.name == "__init__": signature, fields = self.parameters(n)
                 elif not n.name.startswith("_"): inner += self.describe(n.name, n, labels, "````")
         elif node.lineno in self.comments: inner = [self.comments[node.lineno]]
-        documented = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)
-        lines = [f"{fence}{{{kind}}} {name}{signature}", "", inspect.cleandoc(documented or ""), "", *fields, "", *inner]
+        text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else ""
+        lines = [f"{fence}{{{kind}}} {name}{signature}", "", text or "", "", *fields, "", *inner]
         cells = [m[1] for line in self.lines[:node.lineno] if (m := re.match(r"# %% .*#(\w+)$", line))]
         if len(fence) == 5 and cells and cells[-1] in labels:
             lines += ["", "{.origin}", f"[Definition and examples](#{labels[cells[-1]]})"]
@@ -155,7 +158,8 @@ class Module:
 
     def page(self, labels: dict[str, str]) -> str:
         "The reference of the module, Markdown."
-        lines = [f"# {PACKAGE}.{self.name}", "", f"```{{py:module}} {PACKAGE}.{self.name}", "```", "", ast.get_docstring(self.tree) or "", ""]
+        full = f"{PACKAGE}.{self.name}"
+        lines = [f"# {full}", "", f"```{{py:module}} {full}", "```", "", ast.get_docstring(self.tree) or "", ""]
         for name, node in self.public.items(): lines += self.describe(name, node, labels)
         return "\n".join(lines)
 
@@ -172,7 +176,8 @@ def contents(target: Path) -> str:
     others = sorted(p.name for p in target.glob("*.md"))
     groups = {"Evidence": ["nbs/report.ipynb", *executed, "outputs/records"], "Notebooks": notebooks,
               "Reference": [f"api/{m.name}" for m in modules()], "Project": others}
-    trees = (["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"] for name, pages in groups.items() if pages)
+    shown = {name: pages for name, pages in groups.items() if pages}
+    trees = (["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"] for name, pages in shown.items())
     return "\n".join(["", *("\n".join(tree) + "\n" for tree in trees)])
 
 
