@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test sweep evidence report gpu bench lab export
+.PHONY: setup run test sweep evidence report gpu bench lab export docs
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -45,3 +45,13 @@ lab: setup  ## read and run the notebooks
 export: setup  ## notebooks -> adabatch/, outputs cleaned
 	nbdev_export
 	nbdev_clean
+
+docs: _docs/.ready  ## the site, in _docs/html: its tools go into _docs/.venv, and nothing in it needs a network
+	_docs/.venv/bin/python docs/pages.py _docs/source
+	_docs/.venv/bin/python -m sphinx -q -j auto -c docs _docs/source _docs/html
+	@echo "_docs/html/index.html"
+
+_docs/.ready: docs/requirements.lock
+	$(PYTHON) -m venv _docs/.venv
+	_docs/.venv/bin/pip install --quiet --no-deps -r docs/requirements.lock
+	touch $@
