@@ -117,7 +117,7 @@ class _Seeded(Dataset):
             return self.transform(image), label
 
 class Batches:
-    "A batch sampler that is refilled instead of rebuilt: yields what was last given to `fill`, a batch of indices each."
+    "A batch sampler that is refilled instead of rebuilt: yields what was last given to `fill`, batch by batch."
     def __init__(self): self.batches = ()
     def fill(self, batches): self.batches = batches
     def __iter__(self): return iter(self.batches)
@@ -138,7 +138,8 @@ class Folder:
         last = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         augment = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
         plain = [transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)]
-        self.train, self.test = (self._loader(f, transforms.Compose(t + last), workers) for f, t in ((train, augment), (test, plain)))
+        self.train = self._loader(train, transforms.Compose(augment + last), workers)
+        self.test = self._loader(test, transforms.Compose(plain + last), workers)
 
     def _loader(self, folder, transform, workers):
         return DataLoader(_Seeded(folder, transform), batch_sampler=Batches(), num_workers=workers,
@@ -203,8 +204,9 @@ def _download(name, data_dir):
     with tempfile.TemporaryDirectory() as tmp:
         try: _torchvision(name)(tmp, download=True)
         except (OSError, RuntimeError) as e:
-            raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({e}): put it there, as torchvision's "
-                             f"{base}/ or as class folders {name}/train/<class>/ and {name}/test/<class>/") from None
+            raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({e}): put it there, "
+                             f"as torchvision's {base}/ or as class folders {name}/train/<class>/ and "
+                             f"{name}/test/<class>/") from None
         partial = data_dir / f"{base}.partial"
         shutil.copytree(Path(tmp) / base, partial, dirs_exist_ok=True)
         os.replace(partial, data_dir / base)

@@ -160,7 +160,7 @@ class _Unroller:
 
     def walk(self):
         "All segments, in order."
-        margin = 0 if self.schedule.unit == "epochs" else 1  # a smaller batch may begin in what the last one left of an epoch
+        margin = 0 if self.schedule.unit == "epochs" else 1  # a smaller batch may fit into what is left of an epoch
         while self.epoch < self.schedule.epochs:
             self._enter_stage()
             now, step, cycle, left = self._clock()

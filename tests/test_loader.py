@@ -30,7 +30,8 @@ def drawn(loader):
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_the_plan_is_what_a_trainer_computes_epoch_by_epoch(drop_last):
-    for schedule in (adabatch(16, 64, lr=0.1, every=2, epochs=7, warmup_epochs=2, base_batch_size=8), fixed(30, 0.1, every=3, epochs=5)):
+    growing = adabatch(16, 64, lr=0.1, every=2, epochs=7, warmup_epochs=2, base_batch_size=8)
+    for schedule in (growing, fixed(30, 0.1, every=3, epochs=5)):
         plan = Plan(schedule, 100, seed=3, drop_last=drop_last)
         updates = iter(range(len(plan)))
         for epoch in range(schedule.epochs):
@@ -75,7 +76,8 @@ def test_every_sample_once_an_epoch_in_the_same_order(processes, workers):
 
 def test_shards_differ_by_one_and_an_empty_one_counts_nothing():
     plans = [Plan(fixed(4, lr=1.0, epochs=1), 6, drop_last=False, rank=r, world_size=3) for r in range(3)]
-    assert [[plan.at(u).shard for plan in plans] for u in (0, 1)] == [[(0, 2), (2, 3), (3, 4)], [(4, 5), (5, 6), (6, 6)]]
+    assert [plan.at(0).shard for plan in plans] == [(0, 2), (2, 3), (3, 4)]
+    assert [plan.at(1).shard for plan in plans] == [(4, 5), (5, 6), (6, 6)]
     assert [[plan.at(u).weight for plan in plans] for u in (0, 1)] == [[1.5, 0.75, 0.75], [1.5, 1.5, 0.0]]
     order = draw_epoch(6, 0, 0).order.tolist()
     assert [plan.indices(1) for plan in plans] == [order[4:5], order[5:6], order[4:5]]
@@ -110,7 +112,8 @@ def test_an_interrupted_epoch_is_finished_before_the_next():
 @pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_stateful_data_loader(workers, by_epoch):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed").StatefulDataLoader
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+    stateful = torchdata.StatefulDataLoader
     whole = list(Plan(AT_5, 100))
     for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
         plan = Plan(AT_5, 100)
@@ -142,8 +145,8 @@ def test_the_state_is_a_number():
     assert list(again) == list(batches)
 
 
-def groups(*lrs, **settings):
-    return torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in lrs], lr=lrs[0], **settings)
+def groups(*lrs):
+    return torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in lrs], lr=lrs[0])
 
 
 @pytest.mark.parametrize("schedule", [
@@ -180,7 +183,8 @@ def test_learning_rates_of_several_groups_and_after_a_resume(schedule, order):
 
 def test_the_loop_in_the_readme_runs():
     "Correct with a warm-up, with several parameter groups, and after an interruption."
-    loops = [block for block in re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S) if "Plan(" in block]
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+    loops = [block for block in blocks if "Plan(" in block]
     if not loops: pytest.skip("the README does not show the plan yet")
     loop = re.sub(r"adabatch\(.*?\)", "schedule", loops[0])
     lines = [line for line in loop.splitlines() if line and not line.startswith(("import", "from", "#"))]
@@ -191,7 +195,8 @@ def test_the_loop_in_the_readme_runs():
     def run(state, kill_at=None):
         torch.manual_seed(0)
         model, seen = torch.nn.Linear(4, 2), []
-        optimizer = torch.optim.SGD([dict(params=[model.weight]), dict(params=[model.bias], lr=0.01)], lr=0.1, momentum=0.9)
+        parameters = [dict(params=[model.weight]), dict(params=[model.bias], lr=0.01)]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
         def train_step(model, optimizer, x, y):
             if len(seen) == kill_at: raise KeyboardInterrupt
@@ -210,8 +215,8 @@ def test_the_loop_in_the_readme_runs():
             return state["step"]
 
         every_five = re.sub(r"step % \d+", "step % 5", loop)
-        names = dict(torch=torch, dataset=dataset, model=model, optimizer=optimizer, schedule=schedule, train_step=train_step,
-                     save=save, resume=resume, DataLoader=DataLoader, Plan=Plan, adabatch=adabatch)
+        names = dict(dataset=dataset, model=model, optimizer=optimizer, schedule=schedule,
+                     train_step=train_step, save=save, resume=resume, torch=torch, DataLoader=DataLoader, Plan=Plan)
         try: exec(every_five, names)
         except KeyboardInterrupt: pass
         return model, seen
@@ -220,7 +225,9 @@ def test_the_loop_in_the_readme_runs():
     _, first = run(state := {}, kill_at=13)
     resumed, second = run(state)
     plan = Plan(schedule, 300)
-    assert expected == [(plan.at(k).batch_size, pytest.approx(plan.lr(k)), pytest.approx(plan.lr(k) / 10)) for k in range(31)]
+    assert [size for size, *_ in expected] == [plan.at(k).batch_size for k in range(31)]
+    assert [lr for _, lr, _ in expected] == pytest.approx([plan.lr(k) for k in range(31)])
+    assert [lr for *_, lr in expected] == pytest.approx([plan.lr(k) / 10 for k in range(31)])
     assert first[:10] + second == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
@@ -264,7 +271,8 @@ def test_properties_of_any_plan():
         starts = [0, *sorted(draw(some.sets(starts, max_size=4)))]
         stages = [Stage(start, draw(some.integers(1, samples)), draw(some.floats(1e-3, 1))) for start in starts]
         world = draw(some.integers(1, 4))
-        schedule = Schedule(stages, epochs=draw(some.integers(1, 4)), unit=unit, warmup_epochs=draw(some.integers(0, 2)))
+        epochs, warmup = draw(some.integers(1, 4)), draw(some.integers(0, 2))
+        schedule = Schedule(stages, epochs, warmup, unit=unit)
         settings = dict(seed=draw(some.integers(0, 2**64 - 1)), drop_last=draw(some.booleans()), world_size=world)
         return [Plan(schedule, samples, rank=rank, **settings) for rank in range(world)]
 
@@ -272,23 +280,25 @@ def test_properties_of_any_plan():
     @hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
     def check(plans, data):
         one, schedule, used = plans[0], plans[0].schedule, 0
-        sizes, last = [], 0
+        epochs, last = [], 0
         for update in range(len(one)):
             views = [plan.at(update) for plan in plans]
             now = views[0]
-            assert all((v.epoch, v.batch, v.lr, v.batch_size) == (now.epoch, now.batch, now.lr, now.batch_size) for v in views)
+            assert len({(v.epoch, v.batch, v.lr, v.batch_size) for v in views}) == 1
             assert now.batch[0] == views[0].shard[0] and views[-1].shard[1] == now.batch[1]
             assert all(a.shard[1] == b.shard[0] for a, b in zip(views, views[1:]))
             assert sum(v.weight for v in views) == pytest.approx(len(plans))
-            clock = {"epochs": now.epoch + now.batch[0] / one.samples, "samples": used, "updates": update}[schedule.unit]
+            done = now.epoch + now.batch[0] / one.samples
+            clock = {"epochs": done, "samples": used, "updates": update}[schedule.unit]
             assert now.batch_size == [s.batch_size for s in schedule.stages if s.start <= clock + 1e-9][-1]
             assert 0 < now.batch[1] - now.batch[0] <= now.batch_size and 0 <= now.lr <= 1
-            assert now.batch[0] == (last if sizes and sizes[-1] == now.epoch else 0)
-            sizes.append(now.epoch)
+            assert now.batch[0] == (last if epochs and epochs[-1] == now.epoch else 0)
+            epochs.append(now.epoch)
             last, used = now.batch[1], used + now.batch[1] - now.batch[0]
-        assert sizes == sorted(sizes) and set(sizes) == set(range(schedule.epochs))
+        assert epochs == sorted(epochs) and set(epochs) == set(range(schedule.epochs))
         if not one.drop_last: assert used == one.samples * schedule.epochs
-        assert [schedule.updates(e, one.samples, one.drop_last) for e in range(schedule.epochs)] == [sizes.count(e) for e in range(schedule.epochs)]
+        for epoch in range(schedule.epochs):
+            assert schedule.updates(epoch, one.samples, one.drop_last) == epochs.count(epoch)
         done = data.draw(some.integers(0, len(one)))
         whole = list(one)
         one.start = done

@@ -15,7 +15,8 @@ def test_both_sides_of_every_milestone():
     for k in range(5):
         for epoch in (20 * k, 20 * k + 19):
             assert schedule.at(epoch) == Stage(20 * k, 128 * 2**k, pytest.approx(0.01 * 0.75**k))
-    assert [schedule.updates(e, 50_000) for e in (0, 19, 20, 39, 40, 59, 60, 79, 80, 99)] == [390, 390, 195, 195, 97, 97, 48, 48, 24, 24]
+    epochs = (0, 19, 20, 39, 40, 59, 60, 79, 80, 99)
+    assert [schedule.updates(e, 50_000) for e in epochs] == [390, 390, 195, 195, 97, 97, 48, 48, 24, 24]
     assert schedule.epochs == 100
     for outside in (-1, 100):
         with pytest.raises(ValueError, match="outside"):
@@ -48,7 +49,7 @@ def test_warmup_ends_at_the_scaled_rate():
 
 @pytest.mark.parametrize("make, error, line", [
     (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
-    (lambda: adabatch(4, 24, lr=0.1), ValueError, r"max_batch_size \(24\) is not batch_size \(4\) times a power of growth \(2\)"),
+    (lambda: adabatch(4, 24, lr=0.1), ValueError, r"\(24\) is not batch_size \(4\) times a power of growth \(2\)"),
     (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
     (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
     (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
@@ -95,15 +96,15 @@ two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
     (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
     (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
     (lambda: Schedule((Stage(0, 4, 0.1),), 3, unit="hours"), ValueError, "unknown unit 'hours': choose from epochs"),
-    (lambda: Schedule((Stage(0, 4, 0.1), Stage(1.5, 4, 0.1)), 3, unit="updates"), TypeError, "in updates must be a whole"),
+    (lambda: Schedule((Stage(0, 4, 0.1), Stage(1.5, 4, 0.1)), 3, unit="updates"), TypeError, "must be a whole"),
     (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
     (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
     (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
     (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
-    (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "more than 10,000 stages: raise every, or give milestones"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "10,000 stages: raise every, or give milestones"),
     (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
-    (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "the learning rate at 40 epochs must be positive and finite"),
-    (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0 epochs must be"),
+    (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "learning rate at 40 epochs must be positive"),
+    (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0"),
     (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
     (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
     (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
@@ -136,10 +137,12 @@ def test_a_long_training_costs_no_more_than_its_stages():
 
 def test_irregular_milestones_and_fractional_growth():
     schedule = adabatch(100, 400, lr=0.1, lr_decay=0.75, growth=1.5, milestones=[60, 120, 160, 180, 300], epochs=200)
-    assert [(s.start, s.batch_size) for s in schedule.stages] == [(0, 100), (60, 150), (120, 225), (160, 338), (180, 400)]
+    sizes = [(s.start, s.batch_size) for s in schedule.stages]
+    assert sizes == [(0, 100), (60, 150), (120, 225), (160, 338), (180, 400)]
     rates = [s.lr / s.batch_size for s in schedule.stages]
     assert [b / a for a, b in zip(rates, rates[1:])] == pytest.approx([0.5] * 4, rel=1e-14)
-    assert fixed(8, lr=1.0, lr_decay=0.5, milestones=[3, 4], epochs=9).stages == (Stage(0, 8, 1.0), Stage(3, 8, 0.5), Stage(4, 8, 0.25))
+    steps = fixed(8, lr=1.0, lr_decay=0.5, milestones=[3, 4], epochs=9)
+    assert steps.stages == (Stage(0, 8, 1.0), Stage(3, 8, 0.5), Stage(4, 8, 0.25))
     assert adabatch(16, 64, lr=0.1, growth=2.0) == adabatch(16, 64, lr=0.1)
     assert adabatch(16, 64, lr=0.1, milestones=range(20, 100, 20)) == adabatch(16, 64, lr=0.1)
 
@@ -161,8 +164,9 @@ def unrolled(schedule, samples, drop_last):
 
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("unit, milestones", [
-    ("epochs", [1, 2]), ("epochs", [0.5, 1.25, 1.375]), ("epochs", [0.0625, 0.125, 2.96875, 3.5]), ("updates", [1, 2, 9]),
-    ("updates", [30, 31, 40]), ("samples", [1, 65, 66]), ("samples", [96, 100, 192, 200]), ("samples", [290, 500, 10**9]),
+    ("epochs", [1, 2]), ("epochs", [0.5, 1.25, 1.375]), ("epochs", [0.0625, 0.125, 2.96875, 3.5]),
+    ("updates", [1, 2, 9]), ("updates", [30, 31, 40]),
+    ("samples", [1, 65, 66]), ("samples", [96, 100, 192, 200]), ("samples", [290, 500, 10**9]),
 ])
 def test_unrolled_as_defined(unit, milestones, drop_last):
     stages = [Stage(start, size, 0.1) for start, size in zip([0, *milestones], [16, 7, 50, 64, 33])]
@@ -171,16 +175,18 @@ def test_unrolled_as_defined(unit, milestones, drop_last):
         flat = [(s.epoch + e, s.start + u * s.stage.batch_size, s.stage.batch_size)
                 for s in schedule.unroll(samples, drop_last) for e in range(s.epochs) for u in range(s.updates)]
         assert flat == unrolled(schedule, samples, drop_last)
-        assert [schedule.updates(e, samples, drop_last) for e in range(6)] == [sum(u[0] == e for u in flat) for e in range(6)]
+        for epoch in range(6):
+            assert schedule.updates(epoch, samples, drop_last) == sum(u[0] == epoch for u in flat)
 
 
 def test_a_batch_beyond_the_data_is_refused_or_clamped_with_its_rate():
     schedule = adabatch(64, 1024, lr=0.1, every=1, epochs=5, warmup_epochs=1, base_batch_size=32)
-    with pytest.raises(ValueError, match=r"batch size 512 is larger than the training set of 300 samples: .* schedule.clamped\(300\)"):
+    with pytest.raises(ValueError, match=r"batch size 512 is larger than .* 300 samples: .* schedule.clamped\(300\)"):
         schedule.unroll(300)
     small = schedule.clamped(300)
     assert [s.batch_size for s in small.stages] == [64, 128, 256, 300, 300]
-    assert [s.lr / s.batch_size for s in small.stages] == pytest.approx([s.lr / s.batch_size for s in schedule.stages], rel=1e-14)
+    small_rates, rates = ([s.lr / s.batch_size for s in one.stages] for one in (small, schedule))
+    assert small_rates == pytest.approx(rates, rel=1e-14)
     curve = from_lr_schedule(lambda p: 0.1 * 0.1**p, 64, 512, epochs=4, rule="sqrt").clamped(300)
     assert curve.at(3, 0.8).batch_size == 300
     assert curve.lr(3, 0.8) == pytest.approx(0.1 * 0.1**0.95 * (300 / 64) ** 0.5)
@@ -239,7 +245,8 @@ def test_a_scheduler_without_a_curve():
 def test_adabatch_is_the_linear_rule_on_a_step_decay(decay, growth):
     top = round(16 * growth**3) if isinstance(growth, int) else 50
     ours = adabatch(16, top, lr=0.1, lr_decay=decay * growth, growth=growth, every=7, epochs=40)
-    for curve in (lambda p: 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7), lr_scheduler.StepLR(optimizer(0.1), 7, gamma=decay)):
+    function = lambda p: 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7)
+    for curve in (function, lr_scheduler.StepLR(optimizer(0.1), 7, gamma=decay)):
         theirs = from_lr_schedule(curve, 16, top, epochs=40, growth=growth)
         for epoch in range(40):
             assert theirs.at(epoch, 0.3).batch_size == ours.at(epoch, 0.3).batch_size
@@ -249,7 +256,9 @@ def test_adabatch_is_the_linear_rule_on_a_step_decay(decay, growth):
 def test_seesaw():
     "Where the scheduler divides the learning rate by a, it is divided by sqrt(a), and the batch multiplied by a."
     schedule = from_lr_schedule(lambda p: 0.1 / 4 ** int(4 * p), 8, 512, epochs=4, rule="sqrt", growth=4)
-    assert [(s.start, s.batch_size, s.lr) for s in schedule.stages] == [(k, 8 * 4**k, pytest.approx(0.1 / 2**k)) for k in range(4)]
+    for k, stage in enumerate(schedule.stages):
+        assert (stage.start, stage.batch_size, stage.lr) == (k, 8 * 4**k, pytest.approx(0.1 / 2**k))
+    assert len(schedule.stages) == 4
 
 
 def test_a_curve_that_rises_again_shrinks_no_batch():
