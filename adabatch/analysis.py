@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Key', 'TIMING', 'STEPS', 'COLUMNS', 'STYLES', 'TITLES', 'MARKERS', 'Evidence', 'made_by', 'collect', 'interval',
-           'judge', 'Comparison', 'comparisons', 'markdown', 'spread', 'links', 'sources', 'arms_table', 'by_setup',
-           'timing_table', 'best_of_table', 'Claim', 'claims_table', 'error_claim', 'error_claims', 'updates_claim',
-           'effective_rate_claim', 'speed_claim', 'no_convergence_claim', 'flattens_claim', 'found_claims', 'answers',
-           'decided_otherwise', 'planned', 'coverage', 'seconds_per_sample', 'not_run', 't4_table', 'plot_comparisons',
-           'first_figure', 'plot_arms', 'plot_speed', 'results', 'write_between', 'render', 'main']
+           'judge', 'Comparison', 'comparisons', 'markdown', 'spread', 'links', 'notebooks', 'sources', 'arms_table',
+           'by_setup', 'timing_table', 'best_of_table', 'large_batch_table', 'Claim', 'claims_table', 'error_claim',
+           'error_claims', 'updates_claim', 'effective_rate_claim', 'speed_claim', 'no_convergence_claim',
+           'flattens_claim', 'found_claims', 'answers', 'decided_otherwise', 'planned', 'coverage',
+           'seconds_per_sample', 'not_run', 't4_table', 'plot_comparisons', 'first_figure', 'plot_arms', 'plot_speed',
+           'results', 'write_between', 'render', 'main']
 
 # %% ../nbs/09_analysis.ipynb #22e98414
 import argparse, sys
@@ -153,6 +154,10 @@ def links(evidence: Evidence, key: Key, start: str = "") -> str:
     "The records of an arm, a Markdown link a seed, relative to `start` (such as `outputs/`)."
     return " ".join(f"[{seed}]({start}{'/'.join(key)}-seed{seed}.npz)" for seed in evidence.runs.get(key, ()))
 
+def notebooks(evidence: Evidence, keys: list[Key], start: str = "") -> str:
+    "The executed notebooks of the arms, as links."
+    return "; ".join(f"{key[2]} {links(evidence, key, start).replace('.npz)', '.ipynb)')}" for key in keys)
+
 def sources(evidence: Evidence, keys: list[Key], start: str = "") -> str:
     "A line of Markdown that names the records behind a figure or a table."
     there = [f"{'/'.join(key)} {links(evidence, key, start)}" for key in keys if evidence[key]]
@@ -221,6 +226,19 @@ def best_of_table(evidence: Evidence, keys: list[Key]) -> str:
     head = ["mean of final (%)", "best run (%)", "best epoch of best run (%)", "gained by choosing"]
     return markdown(["data", "network", "arm", "n", *head], rows) if rows else "No arm has more than one run."
 
+# %% ../nbs/09_analysis.ipynb #338641dc
+def large_batch_table(evidence: Evidence, there: list[Comparison]) -> str:
+    "Final training loss and test error of the fixed batches: is the large one stuck, and does a scaled rate help?"
+    rows = []
+    for c in there:
+        for role in ("small", "large", "scaled"):
+            runs, key = evidence[c.key(role)], c.key(role)
+            if not runs or not evidence[c.key("large")]: continue
+            loss, error = spread(r.train_loss[-1] for r in runs), spread(evidence.final_errors(key).values())
+            rows.append((c.title, c.short(role), f"{runs[0].updates.sum():,}", loss, error))
+    head = ["", "arm", "updates", "final training loss", "final test error (%)"]
+    return markdown(head, rows) if rows else "No runs yet."
+
 # %% ../nbs/09_analysis.ipynb #c23407b7
 @dataclass(frozen=True)
 class Claim:
@@ -263,7 +281,7 @@ def error_claims(evidence: Evidence, c: Comparison) -> list[Claim]:
              error_claim(evidence, c, "scaled", "{arm} (scaled rate) ends within 1 point of {small}", -1, 1, "scaled")]
     return [claim for claim in asked if claim]
 
-# %% ../nbs/09_analysis.ipynb #c48e6075
+# %% ../nbs/09_analysis.ipynb #272a54e0
 def updates_claim(evidence: Evidence, c: Comparison) -> Claim | None:
     "AdaBatch makes fewer updates than the small batch: counted. None without runs of both of the same length."
     keys = c.key("small"), c.key("adaptive")
@@ -301,7 +319,7 @@ def speed_claim(evidence: Evidence, dataset: str, model: str, base: str, other: 
     ratio = np.exp(logs[0].mean() - logs[1].mean())
     return Claim(text, f"{ratio:.2f}x, {shown}, on {_setup(runs[0][0])}", verdict, keys, "speed")
 
-# %% ../nbs/09_analysis.ipynb #1208255e
+# %% ../nbs/09_analysis.ipynb #21754f99
 def no_convergence_claim(evidence: Evidence, c: Comparison) -> Claim:
     "The large batch ends above 95 % in every run."
     key = c.key("large")
@@ -346,7 +364,7 @@ def found_claims(evidence: Evidence) -> list[Claim]:
     claims += [flattens_claim(evidence, c) for c in there if evidence[c.key("adaptive")][0].epochs == 100]
     return claims + _one_line(rates)
 
-# %% ../nbs/09_analysis.ipynb #69bbfef9
+# %% ../nbs/09_analysis.ipynb #c3733a43
 def _names(claims): return ", ".join(claim.text.split(":")[0] for claim in claims) or "none"
 
 def answers(evidence: Evidence) -> str:
@@ -375,7 +393,7 @@ def decided_otherwise(evidence: Evidence) -> str:
             if judge(*errors, *limits)[0] != claim.verdict: changed.append(claim)
     return f"Verdicts that Welch's interval alone would change: {_names(changed)}."
 
-# %% ../nbs/09_analysis.ipynb #23acb7f4
+# %% ../nbs/09_analysis.ipynb #71c9a4a7
 COLUMNS = "small batch", "AdaBatch", "large batch", "large, scaled rate", "by accumulation", "four devices"
 
 def _column(run):
@@ -439,7 +457,7 @@ def not_run(evidence: Evidence, grid: str, seeds: int, suffix: str = "") -> str:
     head = ["data", "network", "runs missing", "command", "about so many minutes"]
     return markdown(head, rows) if rows else "Nothing."
 
-# %% ../nbs/09_analysis.ipynb #ee267f74
+# %% ../nbs/09_analysis.ipynb #b5b4b4a7
 def _settings_apart(run, stored):
     "How the stored settings of the T4 reproduction differ from a record's."
     starts = [epoch for epoch in range(run.epochs) if epoch % 20 == 0]
@@ -494,9 +512,9 @@ def _draw(ax, runs, quantity, over, color, style, label):
 def _error_axis(ax):
     "A logarithmic axis with ticks that can be read."
     from matplotlib.ticker import FixedLocator, NullFormatter
-    lowest = min((line.get_ydata().min() for line in ax.lines if len(line.get_ydata())), default=1)
+    lowest = ax.dataLim.y0  # of lines and bands
     ax.set_yscale("log")
-    ax.set_ylim(max(0.3, 0.75 * lowest), 105)
+    ax.set_ylim(max(0.3, 0.8 * lowest), 105)
     ax.yaxis.set_major_locator(FixedLocator([0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100]))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -510,10 +528,11 @@ def _panel(ax, evidence, c, quantity, over):
         if role == "adaptive": grown = x[np.flatnonzero(np.diff(runs[0].batch_size[:len(x)]))]
         if over == "updates" and role in ("small", "adaptive"):
             y = _stack(runs, quantity).mean(0)[-1]
-            where = dict(xytext=(0, 7), textcoords="offset points", ha="right")
+            place = dict(xytext=(0, 7), ha="right") if role == "small" else dict(xytext=(8, -4), ha="left")
+            where = dict(textcoords="offset points", **place)
             ax.annotate(f"{x[-1]:,}", (x[-1], y), color=color, fontsize=10, **where)
     if quantity == "test_error": _error_axis(ax)
-    for milestone in grown: ax.axvline(milestone, color="0.6", lw=0.6, zorder=0)
+    for milestone in grown: ax.axvline(milestone, color="0.75", lw=0.6, zorder=0)
     ax.set_xlabel("updates so far" if over == "updates" else "epoch")
     ax.set_xlim(0)
 
@@ -521,14 +540,15 @@ def plot_comparisons(
     evidence: Evidence,
     there: list[Comparison],  # a column each; each must have runs of AdaBatch and of the small batch
     quantity: str = "test_error",  # or train_loss
+    rows: tuple[str, ...] = ("epochs", "updates"),  # what a row of panels is over
 ):
-    "Over epochs above, over updates below. Returns the matplotlib figure; None without comparisons."
+    "A column a comparison, a row for epochs, one for updates. Returns the matplotlib figure; None without comparisons."
     import matplotlib.pyplot as plt
     if not there: return None
-    size = dict(figsize=(max(7, 4.2 * len(there)), 6.6), layout="constrained", squeeze=False, sharey="col")
-    fig, axes = plt.subplots(2, len(there), **size)
+    size = max(7, 4.2 * len(there)), 0.9 + 2.85 * len(rows)
+    fig, axes = plt.subplots(len(rows), len(there), figsize=size, layout="constrained", squeeze=False, sharey="col")
     for column, c in zip(axes.T, there):
-        for ax, over in zip(column, ("epochs", "updates")): _panel(ax, evidence, c, quantity, over)
+        for ax, over in zip(column, rows): _panel(ax, evidence, c, quantity, over)
         n = [len(evidence[c.key(role)]) for role in ("adaptive", "small")]
         column[0].set_title(f"{c.title}\n{c.short('adaptive')}, n = {min(n)}", fontsize=11)
     for ax in axes[:, 0]: ax.set_ylabel(TITLES[quantity])
@@ -541,7 +561,7 @@ def first_figure(evidence: Evidence) -> list[Comparison]:
     there = comparisons(evidence)
     return sorted(there, key=lambda c: (c.suffix.startswith("-epochs"), c.dataset == "digits"))[:3]
 
-# %% ../nbs/09_analysis.ipynb #9a0af986
+# %% ../nbs/09_analysis.ipynb #1a6133c3
 def plot_arms(evidence: Evidence, dataset: str, model: str):
     "Training loss and test error over epochs, test error over updates: a line an arm. Returns the matplotlib figure."
     import matplotlib.pyplot as plt
@@ -576,7 +596,7 @@ def plot_speed(
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return fig
 
-# %% ../nbs/09_analysis.ipynb #7b2ec607
+# %% ../nbs/09_analysis.ipynb #1a15cf3a
 MARKERS = "<!-- results -->", "<!-- /results -->"
 
 def results(evidence: Evidence, output_dir: str = "outputs") -> str:
@@ -599,7 +619,7 @@ def write_between(text: str, markers: tuple[str, str], new: str) -> str:
         raise ValueError(f"no place for the results: add a line {begin} and, below it, a line {end}")
     return f"{text[:text.index(begin)]}{begin}\n{new}\n{text[text.index(end):]}"
 
-# %% ../nbs/09_analysis.ipynb #ba1575da
+# %% ../nbs/09_analysis.ipynb #872fb97f
 def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
     "Execute `run.ipynb` again for every record that belongs where it lies. Returns the paths that failed."
     runs = []
@@ -628,5 +648,5 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     return exit_code(lambda: _write(options.output_dir, options.readme))
 
-# %% ../nbs/09_analysis.ipynb #ac63ff99
+# %% ../nbs/09_analysis.ipynb #89dd3d87
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
