@@ -143,7 +143,7 @@ def test_claims_are_made_of_what_was_run_only(tmp_path):
     verdicts = {kind: claim.verdict for kind, claim in claims.items()}
     assert verdicts == {"updates": "holds", "within": "fails", "rate": "holds"}
     assert claims["updates"].measured == "32 → 8: 4.0 times fewer"
-    assert "Ends more than one point away: alexnet on digits" in analysis.answers(collect(tmp_path))
+    assert "It ends more than one point higher: alexnet on digits" in analysis.answers(collect(tmp_path))
 
 
 def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
