@@ -535,7 +535,7 @@ def _panel(ax, evidence, c, quantity, over):
         if role == "adaptive": grown = x[np.flatnonzero(np.diff(runs[0].batch_size[:len(x)]))]
         if over == "updates" and role in ("small", "adaptive"):
             y = _stack(runs, quantity).mean(0)[-1]
-            place = dict(xytext=(0, 7), ha="right") if role == "small" else dict(xytext=(8, -4), ha="left")
+            place = dict(xytext=(0, 7), ha="right") if role == "small" else dict(xytext=(0, -15), ha="center")
             where = dict(textcoords="offset points", **place)
             ax.annotate(f"{x[-1]:,}", (x[-1], y), color=color, fontsize=10, **where)
     if quantity == "test_error": _error_axis(ax)
