@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test sweep evidence report gpu bench lab export docs
+.PHONY: setup run test sweep evidence report notebooks gpu bench lab export docs
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -28,10 +28,14 @@ sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar
 evidence: setup  ## what two CPU cores can make of the paper, in order of worth, beside other work; SIGTERM stops it
 	OMP_NUM_THREADS=1 nice -n 19 python -m adabatch.sweep --grid cpu --device cpu $(ARGS)
 
-report: setup  ## execute the report on outputs/, and make one HTML page and the README's figure of it
+report: setup  ## execute the report and the galleries on outputs/, one HTML page of the report; rewrites the README's results
 	papermill nbs/report.ipynb outputs/report.ipynb
-	python -c 'from adabatch.analysis import *; plot_curves(collect("outputs"), "digits", "test_error", {}).savefig("outputs/digits_test_error.png", dpi=80)'
+	for folder in $$(ls -d outputs/*/); do papermill nbs/gallery.ipynb $${folder}gallery.ipynb -p dataset $$(basename $$folder) || exit 1; done
+	python -m adabatch.analysis outputs README.md
 	jupyter nbconvert --to html --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= outputs/report.ipynb
+
+notebooks: setup  ## execute run.ipynb again for every record, to show its training's log; trains nothing
+	python -c 'import sys; from adabatch.analysis import render; sys.exit(bool(render("outputs")))'
 
 gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
 	python -m adabatch.gpu $(ARGS)
