@@ -80,7 +80,7 @@ def benchmark_worker():
     "The program that `nbs/benchmark.ipynb` writes for its processes, as a module."
     cells = json.loads(Path("nbs/benchmark.ipynb").read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    parts = [source.split("\n", 1)[1] for source in sources if source.startswith("%%writefile")]
+    parts = [source.split("\n", 1)[1] for source in sources if source.startswith("%%program")]
     module = types.ModuleType("worker")
     exec("\n".join(parts), vars(module))
     return module
