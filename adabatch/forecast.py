@@ -15,6 +15,7 @@ import torch
 
 from .data import Images, load_data
 from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve, training_samples
+from .loader import Plan
 from .schedule import Schedule, fixed
 from .train import device_name, make_trainer
 from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory
@@ -61,13 +62,14 @@ def predict(
     measurement: Measurement,
     drop_last: bool = True,  # leave out the samples of an epoch that do not fill a batch
 ) -> Rounds:  # seconds
-    "Training time along a schedule. ValueError if it has a batch size below all that were measured."
-    seconds = [0.0] * len(measurement.rate(schedule.stages[-1].batch_size).values)
-    for epoch in range(schedule.epochs):
-        size = schedule.at(epoch).batch_size
-        used = min(schedule.updates(epoch, samples, drop_last) * size, samples)
-        seconds = [s + used / rate for s, rate in zip(seconds, measurement.rate(size).values)]
-    return Rounds(tuple(seconds))
+    """Training time along a schedule. ValueError if it has a batch size below all that were measured, or above
+    `samples`."""
+    parts = []
+    for segment in schedule.unroll(samples, drop_last):
+        size = segment.stage.batch_size
+        used = min(segment.updates * size, samples - segment.start)  # in each of its epochs
+        parts.append([segment.epochs * used / rate for rate in measurement.rate(size).values])
+    return Rounds(tuple(map(sum, zip(*parts))))
 
 # %% ../nbs/10_forecast.ipynb #2e404a6e
 ROUNDS, VISIT_SECONDS = 3, 0.5  # at least so many rounds; about so long at a batch size in each
@@ -79,16 +81,17 @@ def samples_per_second(
 ) -> float:
     "The rate of a trainer's next updates, of any batch size. ValueError if its data is too small for them."
     data, lr = trainer.data, trainer.schedule.stages[0].lr
-    before, whole = (trainer.schedule, trainer.state), data.train_size
+    plan, state, whole = trainer.plan, trainer.state, data.train_size
     if batch_size * updates > whole:
         raise ValueError(f"{updates} updates of {batch_size:,} need more than {whole:,} samples: give larger data")
     try:
-        trainer.schedule, trainer.state = fixed(batch_size, lr, epochs=1), State(EpochSums(trainer.device))
         data.train_size = batch_size * updates
+        trainer.plan = Plan(fixed(batch_size, lr, epochs=1), data.train_size)
+        trainer.state = State(EpochSums(trainer.device))
         if batch_size not in trainer.micro_batch.sizes: trainer.prepare()
         trainer.train_epoch(lambda updates: None)
         return data.train_size / trainer.state.sums.seconds[-1]
-    finally: (trainer.schedule, trainer.state), data.train_size = before, whole
+    finally: trainer.plan, trainer.state, data.train_size = plan, state, whole
 
 # %% ../nbs/10_forecast.ipynb #c98b022b
 def _visits(trainer, batch_sizes, seconds):

@@ -48,9 +48,9 @@ def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monk
         update(samples, *rest)
     monkeypatch.setattr(trainer.step, "update", counted)
     assert samples_per_second(trainer, 32, 3) > 0 and trained == [32] * 3
-    before = trainer.schedule, trainer.state, trainer.data.train_size
+    before = trainer.plan, trainer.state, trainer.data.train_size
     found = measure(trainer, [32, 16], seconds=1)
-    assert (trainer.schedule, trainer.state, trainer.data.train_size) == before
+    assert (trainer.plan, trainer.state, trainer.data.train_size) == before
     assert min(found.rates) == 16 and set(trained) == {16, 32}
     assert {len(rate.values) for rate in found.rates.values()} == {max(forecast.ROUNDS, len(found.rate(16).values))}
     assert all(rate.low <= rate.median <= rate.high for rate in found.rates.values())
