@@ -40,8 +40,9 @@ notebooks: setup  ## execute run.ipynb again for every record, to show its train
 gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
 	python -m adabatch.gpu $(ARGS)
 
-bench: setup  ## seconds of each phase against the batch size, on noise
-	python tests/bench.py
+bench: setup  ## samples per second over the batch size, beside other loops; 20 quiet minutes (ARGS="-p networks alexnet")
+	mkdir -p outputs
+	papermill nbs/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
 
 lab: setup  ## read and run the notebooks
 	jupyter lab nbs

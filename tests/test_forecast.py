@@ -1,0 +1,101 @@
+"""The arithmetic of a prediction, what is measured, and that the benchmark's baseline does the work it is compared for."""
+import json
+import math
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import small
+
+from adabatch import forecast
+from adabatch.experiment import Experiment, resolve
+from adabatch.forecast import Measurement, Rounds, measure, noise, predict, samples_per_second
+from adabatch.schedule import adabatch, fixed
+from adabatch.trainer import Trainer
+
+
+def tiny(samples=256):
+    model = small()
+    return Trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), noise(samples), fixed(16, lr=0.01))
+
+
+def test_a_prediction_is_samples_over_rate_in_each_round_alone():
+    rates = {128: (400.0, 200.0), 256: (500.0, 250.0), 512: (800.0, 1600.0)}
+    found = Measurement({size: Rounds(values) for size, values in rates.items()})
+    growing = adabatch(128, 512, lr=0.01, every=2, epochs=6)
+    used = {128: 7 * 128, 256: 3 * 256, 512: 512}  # of 1,000 samples
+    for k, seconds in enumerate(predict(growing, 1000, found).values):
+        assert math.isclose(seconds, sum(2 * n / rates[size][k] for size, n in used.items()), rel_tol=1e-12)
+    whole = predict(growing, 1000, found, drop_last=False).values[0]
+    assert math.isclose(whole, 2 * (1000 / 400 + 1000 / 500 + 1000 / 800), rel_tol=1e-12)
+
+
+def test_a_speed_up_carries_the_spread_of_its_rounds_and_not_the_drift_of_the_machine():
+    found = Measurement({128: Rounds((100.0, 50.0, 80.0)), 256: Rounds((200.0, 100.0, 180.0))})
+    still, growing = fixed(128, lr=1, every=1, epochs=2), adabatch(128, 256, lr=1, every=1, epochs=2)
+    gain = predict(still, 256, found) / predict(growing, 256, found)
+    assert gain.low == gain.median == pytest.approx(4 / 3) and gain.high == pytest.approx(2 / (1 + 80 / 180))
+
+
+def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monkeypatch):
+    trainer, trained = tiny(), []
+    update = trainer.step.update
+
+    def counted(samples, *rest):
+        trained.append(samples)
+        update(samples, *rest)
+    monkeypatch.setattr(trainer.step, "update", counted)
+    assert samples_per_second(trainer, 32, 3) > 0 and trained == [32] * 3
+    before = trainer.plan, trainer.state, trainer.data.train_size
+    found = measure(trainer, [32, 16], seconds=1)
+    assert (trainer.plan, trainer.state, trainer.data.train_size) == before
+    assert min(found.rates) == 16 and set(trained) == {16, 32}
+    assert {len(rate.values) for rate in found.rates.values()} == {max(forecast.ROUNDS, len(found.rate(16).values))}
+    assert all(rate.low <= rate.median <= rate.high for rate in found.rates.values())
+
+
+def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypatch):
+    monkeypatch.setattr(forecast, "samples_per_second", lambda trainer, size, updates: 16.0)  # a second for 16 samples
+    found = measure(tiny(), [16, 32, 64, 128], seconds=30)  # 32: 2 + 3 * (1 + 2) seconds; 64 would take 4 + 3 * (1 + 2 + 4)
+    assert list(found.rates) == [16, 32, 64]
+    assert list(measure(tiny(), [16, 32, 64, 128], seconds=24).rates) == [16, 32]
+
+
+def test_both_schedules_start_alike_and_only_one_grows():
+    still, growing = forecast.both(Experiment("resnet20", "cifar100", max_batch_size=512, epochs=5, every=1))
+    assert (still.arm, growing.arm) == ("fixed-128-epochs5-every1", "adabatch-128-512-epochs5-every1")
+    assert still.schedule.at(0) == growing.schedule.at(0)
+
+
+def test_the_command_says_in_one_line_what_is_wrong(capsys):
+    assert forecast.main(["--model", "resnet20", "--dataset", "digits", "--batch_size", "2048", "--max_batch_size", "2048"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the benchmark ------------------------------------------------------------------------------------------------------
+
+def benchmark_worker():
+    "The program that `nbs/benchmark.ipynb` writes for its processes, as a module."
+    cells = json.loads(Path("nbs/benchmark.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    parts = [source.split("\n", 1)[1] for source in sources if source.startswith("%%program")]
+    module = types.ModuleType("worker")
+    exec("\n".join(parts), vars(module))
+    return module
+
+
+@pytest.mark.parametrize("way", ["original", "plain", "ours"])
+def test_every_way_trains_the_same_number_of_samples(way, monkeypatch):
+    worker, seen = benchmark_worker(), []
+    monkeypatch.setattr(worker, "WORKERS", 0)  # processes of a DataLoader are slow to start
+    run = resolve(Experiment("alexnet", "fake", "fixed", 16))
+    trained = worker.WAYS[way](run, samples=256)
+    model = trained.trainer.model if way == "ours" else trained.model
+    model.register_forward_pre_hook(lambda module, x: seen.append(len(x[0])))
+    assert trained.rate(16, 3) > 0
+    timed = seen[-3:]
+    assert timed == [16] * 3
+    assert len(seen) <= 4 and set(seen) == {16}  # a loader that was just made is given one update to get going
+    assert all(p.grad is None or bool(p.grad.any()) for p in model.parameters())
