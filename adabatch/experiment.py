@@ -17,7 +17,7 @@ import torch
 
 from .data import DATASETS
 from .models import model_name
-from .schedule import Schedule, adabatch, fixed
+from .schedule import Schedule, adabatch, fixed, whole_number
 from .trainer import PRECISIONS, Interrupted, best_device, check_device
 
 # %% ../nbs/06_experiment.ipynb #c7620502
@@ -184,11 +184,16 @@ def _check_ranges(e):
     for name in ("momentum", "weight_decay"):
         if getattr(e, name) >= 1: raise ValueError(f"{name} must be below 1, not {getattr(e, name)}")
 
+def _started():
+    "How many processes torchrun started, this one included."
+    text = os.environ["WORLD_SIZE"]
+    if text.isdecimal(): return int(text)
+    raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, not {_shown(text)}: unset it")
+
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
-    started = os.environ.get("WORLD_SIZE")
-    if not started: check_device(e.device)
-    elif e.processes != int(started): raise ValueError(f"processes is {e.processes}, but torchrun started {started}")
+    if "WORLD_SIZE" not in os.environ: check_device(e.device)
+    elif e.processes != _started(): raise ValueError(f"processes is {e.processes}, but torchrun started {_started()}")
     if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
         raise ValueError("bf16 on a CPU without AMX is far slower than fp32: give precision fp32")
 
@@ -198,14 +203,14 @@ def make_schedule(e: Experiment) -> Schedule:
     names = ["batch_size", "lr", "lr_decay", "every", "epochs", "warmup_epochs", "base_batch_size"]
     if e.schedule == "adabatch": names += ["max_batch_size", "growth"]
     values = {n: getattr(e, n) for n in names}
-    if e.schedule == "adabatch" and e.growth == int(e.growth): values["growth"] = int(e.growth)
+    if e.schedule == "adabatch" and float(e.growth).is_integer(): values["growth"] = int(e.growth)
     if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
     return (adabatch if e.schedule == "adabatch" else fixed)(**values)
 
 def _epochs(text):
     "The epochs in `60,120,160`."
     try: return [int(part) for part in text.split(",")]
-    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {text!r}") from None
+    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {_shown(text)}") from None
 
 def resolve(experiment: Experiment) -> Run:
     "Fill in the recipe's values and check everything. TypeError or ValueError, in one line."
@@ -213,13 +218,13 @@ def resolve(experiment: Experiment) -> Run:
     e = replace(experiment, model=model_name(experiment.model))
     choose("schedule", e.schedule, ("adabatch", "fixed"))
     choose("resume", e.resume, ("any", "own"))
-    if e.dataset not in DATASETS and not Path(e.dataset).is_dir():
+    if e.dataset not in DATASETS and not (Path(e.dataset).is_dir() and Path(e.dataset).resolve().name):
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {_shown(e.dataset)}: choose from {known}, or give a folder of class folders")
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
         if e.schedule == "fixed" and getattr(e, name) is not None: raise ValueError(f"a fixed schedule has no {name}")
-    if "WORLD_SIZE" in os.environ: values["processes"] = int(os.environ["WORLD_SIZE"])
+    if "WORLD_SIZE" in os.environ: values["processes"] = _started()
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
@@ -279,7 +284,7 @@ def select(
 ) -> list[Run]:
     "The runs of a grid: the first seed of every arm, then the second. ValueError, TypeError in one line."
     choose("grid", grid, tuple(GRIDS))
-    if seeds < 1: raise ValueError(f"seeds must be at least 1, not {seeds}")
+    seeds = whole_number("seeds", seeds, most=1000)
     arms = [e for e in GRIDS[grid] if dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)]
     if not arms: raise ValueError(f"no arm of the grid {grid} is of model {model} and dataset {dataset}")
     return [resolve(replace(e, seed=e.seed + k, resume="own", **settings)) for k in range(seeds) for e in arms]

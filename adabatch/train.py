@@ -302,7 +302,8 @@ def _command(e, evaluate_only):
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m adabatch.train`: make one record."
     parser = argparse.ArgumentParser(
-        prog="python -m adabatch.train", description="Train one experiment and write its record.\n"
+        usage=argparse.SUPPRESS, description="python -m adabatch.train --name value ...\n"
+        "Train one experiment and write its record.\n"
         "Options left out take the value of the paper's recipe for the network and the data set.",
         epilog=recipe_table(), formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
