@@ -153,7 +153,7 @@ def _check_text(name, value):
     "ValueError unless it is a name or a path that a file system can hold."
     if not value: raise ValueError(f"{name} must not be empty")
     parts = [len(os.fsencode(part)) for part in Path(value).parts]
-    if max(parts, default=0) > 255 or sum(parts) > 3000 or not value.isprintable():
+    if max(parts, default=0) > 255 or sum(parts) > 3000 or any(ord(c) < 32 for c in value):
         raise ValueError(f"{name} must be a name or a path of usual length and characters, not {_shown(value)}")
 
 def _check_type(name, value):

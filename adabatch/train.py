@@ -47,7 +47,8 @@ def _adopt(run):
     "Copy the checkpoint of the same experiment that was interrupted under other processes or another micro-batch."
     own = checkpoint_path(run)
     if run.experiment.resume == "own" or checkpoint_files(own): return
-    for other in sorted(own.parent.glob(f"*-seed{run.experiment.seed}.pt")):
+    found = [p for end in ("", ".previous") for p in own.parent.glob(f"*-seed{run.experiment.seed}.pt{end}")]
+    for other in sorted({Path(str(p).removesuffix(".previous")) for p in found}):
         with contextlib.suppress(ValueError), lock(other.with_suffix(".npz")):
             state = load_checkpoint(other)
             if state and json.loads(state["identity"]) == identity(run):
