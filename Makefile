@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test sweep evidence report notebooks gpu bench lab export docs
+.PHONY: setup run test torture sweep evidence report notebooks gpu bench lab export docs
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -16,11 +16,14 @@ setup: .venv/.ready
 
 run: setup  ## train AlexNet on digits with AdaBatch; the executed notebook and its record go to runs/
 	mkdir -p runs
-	papermill nbs/run.ipynb runs/run.ipynb -p output_dir runs
+	papermill nbs/run.ipynb runs/run.ipynb --no-progress-bar --stdout-file - -p output_dir runs
 
 test: setup  ## the notebooks, then the exported modules
 	nbdev_test --n_workers 1
 	python -m pytest -q tests
+
+torture: setup  ## kill runs at 200 random and named moments: all must end in the same record (KILLS=40)
+	python tests/torture.py $(KILLS)
 
 sweep: setup  ## make what is missing of the paper's grid (ARGS="--dataset cifar100 --seeds 5")
 	python -m adabatch.sweep $(ARGS)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'WHERE', 'DIVISION', 'RECIPES', 'NETWORKS', 'GRIDS', 'Experiment', 'recipe', 'Run', 'choose',
-           'make_schedule', 'resolve', 'training_samples', 'three_arms', 'select', 'add_options', 'overrides',
-           'arguments', 'exit_code', 'from_notebook']
+           'make_schedule', 'resolve', 'training_samples', 'three_arms', 'select', 'recipe_table', 'add_options',
+           'overrides', 'arguments', 'exit_code', 'from_notebook']
 
 # %% ../nbs/06_experiment.ipynb #032339d9
 import argparse, ast, dataclasses, difflib, math, os, sys, types
@@ -17,7 +17,7 @@ import torch
 
 from .data import DATASETS
 from .models import model_name
-from .schedule import Schedule, adabatch, fixed
+from .schedule import Schedule, adabatch, fixed, whole_number
 from .trainer import PRECISIONS, Interrupted, best_device, check_device
 
 # %% ../nbs/06_experiment.ipynb #c7620502
@@ -143,18 +143,34 @@ class Run:
         return "\n".join(rows)
 
 # %% ../nbs/06_experiment.ipynb #213fe567
+def _shown(value):
+    "A value in a few characters, for a message of one line."
+    try: text = " ".join(repr(value).split())
+    except ValueError: return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+def _check_text(name, value):
+    "ValueError unless it is a name or a path that a file system can hold."
+    if not value: raise ValueError(f"{name} must not be empty")
+    parts = [len(os.fsencode(part)) for part in Path(value).parts]
+    if max(parts, default=0) > 255 or sum(parts) > 3000 or any(ord(c) < 32 for c in value):
+        raise ValueError(f"{name} must be a name or a path of usual length and characters, not {_shown(value)}")
+
 def _check_type(name, value):
-    "TypeError unless the field takes a value of this type; an integer will do for a float."
+    "TypeError unless the field takes a value of this type, an integer for a float included; ValueError if it is huge."
     kind = FIELDS[name].type
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     accepted = (*kinds, int) if float in kinds else kinds
-    if isinstance(value, accepted) and (not isinstance(value, bool) or bool in kinds): return
-    expected = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
-    raise TypeError(f"{name} must be {expected}, not {value!r}")
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
+        expected = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
+        raise TypeError(f"{name} must be {expected}, not {_shown(value)}")
+    if isinstance(value, str): _check_text(name, value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} must be below 2**63, not {_shown(value)}")
 
 def choose(name: str, value, choices: tuple):
     "ValueError unless `value` is one of `choices`."
-    if value not in choices: raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}")
+    if value not in choices: raise ValueError(f"unknown {name} {_shown(value)}: choose from {', '.join(choices)}")
 
 def _check_ranges(e):
     "ValueError for numbers outside of what makes sense; those of the schedule are checked by the schedule."
@@ -165,30 +181,36 @@ def _check_ranges(e):
     for name in ("momentum", "weight_decay", "seed", "checkpoint_minutes"):
         value = getattr(e, name)
         if not 0 <= value < math.inf: raise ValueError(f"{name} must be finite and not negative, not {value}")
-    if e.momentum >= 1: raise ValueError(f"momentum must be below 1, not {e.momentum}")
-    if e.seed >= 2**63: raise ValueError(f"seed must be below 2**63, not {e.seed}")
+    for name in ("momentum", "weight_decay"):
+        if getattr(e, name) >= 1: raise ValueError(f"{name} must be below 1, not {getattr(e, name)}")
+
+def _started():
+    "How many processes torchrun started, this one included."
+    text = os.environ["WORLD_SIZE"]
+    if text.isdecimal(): return int(text)
+    raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, not {_shown(text)}: unset it")
 
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
-    started = os.environ.get("WORLD_SIZE")
-    if not started: check_device(e.device)
-    elif e.processes != int(started): raise ValueError(f"processes is {e.processes}, but torchrun started {started}")
+    if "WORLD_SIZE" not in os.environ: check_device(e.device)
+    elif e.processes != _started(): raise ValueError(f"processes is {e.processes}, but torchrun started {_started()}")
     if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
         raise ValueError("bf16 on a CPU without AMX is far slower than fp32: give precision fp32")
 
-# %% ../nbs/06_experiment.ipynb #b60b1b8a
+# %% ../nbs/06_experiment.ipynb #6e54ceaa
 def make_schedule(e: Experiment) -> Schedule:
     "The schedule of an experiment whose values are filled in. TypeError or ValueError if its numbers make none."
     names = ["batch_size", "lr", "lr_decay", "every", "epochs", "warmup_epochs", "base_batch_size"]
     if e.schedule == "adabatch": names += ["max_batch_size", "growth"]
     values = {n: getattr(e, n) for n in names}
+    if e.schedule == "adabatch" and float(e.growth).is_integer(): values["growth"] = int(e.growth)
     if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
     return (adabatch if e.schedule == "adabatch" else fixed)(**values)
 
 def _epochs(text):
     "The epochs in `60,120,160`."
     try: return [int(part) for part in text.split(",")]
-    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {text!r}") from None
+    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {_shown(text)}") from None
 
 def resolve(experiment: Experiment) -> Run:
     "Fill in the recipe's values and check everything. TypeError or ValueError, in one line."
@@ -196,13 +218,13 @@ def resolve(experiment: Experiment) -> Run:
     e = replace(experiment, model=model_name(experiment.model))
     choose("schedule", e.schedule, ("adabatch", "fixed"))
     choose("resume", e.resume, ("any", "own"))
-    if e.dataset not in DATASETS and not Path(e.dataset).is_dir():
+    if e.dataset not in DATASETS and not (Path(e.dataset).is_dir() and Path(e.dataset).resolve().name):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {e.dataset!r}: choose from {known}, or give a folder of class folders")
+        raise ValueError(f"unknown data set {_shown(e.dataset)}: choose from {known}, or give a folder of class folders")
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
         if e.schedule == "fixed" and getattr(e, name) is not None: raise ValueError(f"a fixed schedule has no {name}")
-    if "WORLD_SIZE" in os.environ: values["processes"] = int(os.environ["WORLD_SIZE"])
+    if "WORLD_SIZE" in os.environ: values["processes"] = _started()
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
@@ -262,7 +284,7 @@ def select(
 ) -> list[Run]:
     "The runs of a grid: the first seed of every arm, then the second. ValueError, TypeError in one line."
     choose("grid", grid, tuple(GRIDS))
-    if seeds < 1: raise ValueError(f"seeds must be at least 1, not {seeds}")
+    seeds = whole_number("seeds", seeds, most=1000)
     arms = [e for e in GRIDS[grid] if dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)]
     if not arms: raise ValueError(f"no arm of the grid {grid} is of model {model} and dataset {dataset}")
     return [resolve(replace(e, seed=e.seed + k, resume="own", **settings)) for k in range(seeds) for e in arms]
@@ -271,6 +293,16 @@ def select(
 def _boolean(text):
     if text.lower() not in ("true", "false"): raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() == "true"
+
+def recipe_table() -> str:
+    "The values of the recipes, a line each."
+    names = {"batch_size": 10, "max_batch_size": 14, "epochs": 6, "every": 5, "lr": 6, "decay": 5, "weight_decay": 12}
+    head = f"{'data':8s}  {'model':16s}  " + "  ".join(f"{name:>{width}s}" for name, width in names.items())
+    rows = [f"{data:8s}  {model:16s}  " + "  ".join(f"{values[n]:>{width}}" for n, width in names.items())
+            for (data, model), values in RECIPES.items()]
+    notes = ["decay is of lr / batch_size at a milestone: lr_decay is decay for fixed, decay * growth for adabatch.",
+             "All: growth 2, momentum 0.9, no warm-up, drop_last True, processes 1, physical batches, precision fp32."]
+    return "\n".join(["recipes:", head, *rows, *notes])
 
 def add_options(parser: argparse.ArgumentParser, leave_out: tuple = ()):
     "Give `parser` an option for each field of `Experiment`."

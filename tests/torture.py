@@ -1,0 +1,63 @@
+"""Runs killed at named and at random moments, several times over: `make torture`.
+
+All must end in the record of a run that was left alone. Too long for the normal run."""
+import random
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from conftest import start
+from test_crash import finished, make
+
+from adabatch import record
+
+UPDATES = 11 + 5 + 2  # of `RUN`; a checkpoint is written after each
+ENDINGS = {"fsync": [".pt.partial"], "replace": [".pt", ".pt.previous"]}
+
+
+def moment(rng, length):
+    "A named moment, as `make` takes it, or seconds."
+    kind = rng.randrange(8)
+    if kind == 0: return rng.choice(["fsync", "replace"]), rng.choice([".npz.partial", ".npz"]), 1
+    if kind > 3: return rng.uniform(0.05, 1.0) * length
+    name = rng.choice(list(ENDINGS))
+    return name, rng.choice(ENDINGS[name]), rng.randint(2, UPDATES - 2)
+
+
+def kill(folder, when):
+    "Begin the run and kill it at that moment. Was it still alive?"
+    child = start(make, folder, when if isinstance(when, tuple) else None)
+    deadline = time.monotonic() + (30 if isinstance(when, tuple) else when)
+    while child.is_alive() and time.monotonic() < deadline and not (folder / "paused").exists(): time.sleep(0.002)
+    alive = child.is_alive()
+    child.kill()
+    child.join()
+    (folder / "paused").unlink(missing_ok=True)
+    return alive
+
+
+def main(kills=200):
+    root, rng, done, alive, differ = Path(tempfile.mkdtemp()), random.Random(time.time_ns()), 0, 0, 0
+    finished(root / "first")
+    begin = time.monotonic()
+    whole = finished(root / "whole")
+    length = time.monotonic() - begin
+    while done < kills:
+        folder = root / "killed"
+        folder.mkdir()
+        moments = [moment(rng, length) for _ in range(min(kills - done, rng.randint(1, 4)))]  # of the same run, one after another
+        alive += sum(kill(folder, when) for when in moments)
+        done += len(moments)
+        differs = record.differences(whole, finished(folder))
+        if differs: print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
+        differ += bool(differs)
+        shutil.rmtree(folder)
+        print(f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True)
+    shutil.rmtree(root)
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))
