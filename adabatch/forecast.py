@@ -101,7 +101,7 @@ def _visits(trainer, batch_sizes, seconds):
     for size in sorted(batch_sizes):
         if visits:
             expected = an_update * size / max(visits)
-            needed = expected + ROUNDS * (a_round + max(expected, visit))
+            needed = 2 * expected + ROUNDS * (a_round + max(expected, visit))
             if time.perf_counter() - begin + needed > seconds: break
         samples_per_second(trainer, size, 1)  # the first of a size takes longer
         an_update = size / samples_per_second(trainer, size, 1)

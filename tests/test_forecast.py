@@ -57,10 +57,18 @@ def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monk
 
 
 def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypatch):
-    monkeypatch.setattr(forecast, "samples_per_second", lambda trainer, size, updates: 16.0)  # a second for 16 samples
-    found = measure(tiny(), [16, 32, 64, 128], seconds=30)  # 32: 2 + 3 * (1 + 2) seconds; 64 would take 4 + 3 * (1 + 2 + 4)
-    assert list(found.rates) == [16, 32, 64]
-    assert list(measure(tiny(), [16, 32, 64, 128], seconds=24).rates) == [16, 32]
+    now = [0.0]
+
+    def sixteen_a_second(trainer, size, updates):
+        now[0] += size * updates / 16
+        return 16.0
+    monkeypatch.setattr(forecast, "samples_per_second", sixteen_a_second)
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
+    for seconds, sizes in ((35, [16, 32, 64]), (34, [16, 32]), (0, [16])):  # 2 * (1 + 2 + 4) to try, 3 * (1 + 2 + 4) for rounds
+        now[0] = 0.0
+        found = measure(tiny(), [128, 16, 64, 32], seconds)
+        assert list(found.rates) == sizes
+        assert now[0] <= max(seconds, 5)
 
 
 def test_both_schedules_start_alike_and_only_one_grows():
