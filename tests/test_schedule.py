@@ -165,11 +165,11 @@ def unrolled(schedule, samples, drop_last):
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("unit, milestones", [
     ("epochs", [1, 2]), ("epochs", [0.5, 1.25, 1.375]), ("epochs", [0.0625, 0.125, 2.96875, 3.5]),
-    ("updates", [1, 2, 9]), ("updates", [30, 31, 40]),
+    ("updates", [1, 2, 9]), ("updates", [30, 31, 40]), ("updates", [12, 80]),
     ("samples", [1, 65, 66]), ("samples", [96, 100, 192, 200]), ("samples", [290, 500, 10**9]),
 ])
 def test_unrolled_as_defined(unit, milestones, drop_last):
-    stages = [Stage(start, size, 0.1) for start, size in zip([0, *milestones], [16, 7, 50, 64, 33])]
+    stages = [Stage(start, size, 0.1) for start, size in zip([0, *milestones], [16, 3, 50, 64, 33])]
     schedule = Schedule(stages, epochs=6, unit=unit)
     for samples in (64, 100, 160):
         flat = [(s.epoch + e, s.start + u * s.stage.batch_size, s.stage.batch_size)
