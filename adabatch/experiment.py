@@ -203,7 +203,6 @@ def make_schedule(e: Experiment) -> Schedule:
     names = ["batch_size", "lr", "lr_decay", "every", "epochs", "warmup_epochs", "base_batch_size"]
     if e.schedule == "adabatch": names += ["max_batch_size", "growth"]
     values = {n: getattr(e, n) for n in names}
-    if e.schedule == "adabatch" and float(e.growth).is_integer(): values["growth"] = int(e.growth)
     if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
     return (adabatch if e.schedule == "adabatch" else fixed)(**values)
 
