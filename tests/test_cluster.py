@@ -88,7 +88,7 @@ def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(t
     assert state(runs[0]) == "running"
     for pid in descendants(int(first.job_id)): os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
     for job in (first, second): wait_for(job.done, 240)
-    assert "Requeued job" in first.stderr() and "this job is preempted" in first.stderr()
+    assert "Requeued job" in first.stdout() and "this job is preempted" in first.stderr()
     assert "complete" in first.result() and "complete" in second.result()
     for run in runs:
         left_alone = train.run(replace(run.experiment, output_dir=str(tmp_path / "whole")))

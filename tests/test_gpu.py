@@ -178,3 +178,11 @@ def test_without_a_gpu_it_says_so(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_smoke_script_on_a_gpu():
     assert gpu.smoke("cuda", minutes=9)
+
+
+def test_two_processes_on_one_device_and_a_difference_between_them(monkeypatch):
+    change = gpu.two_processes("cpu").make()
+    question = replace(gpu.two_processes("cpu"), make=lambda: change)
+    assert question.ask()
+    monkeypatch.setattr(Step, "update", first_layer_off)  # of the reference, made here
+    assert not question.ask()
