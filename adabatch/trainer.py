@@ -7,7 +7,7 @@ __all__ = ['PHASES', 'PRECISIONS', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECO
            'check_device', 'best_device', 'keep_freed_memory', 'allocator', 'PhaseClock', 'EpochSums', 'cross_entropy',
            'percent_wrong', 'out_of_memory', 'Step', 'evaluate', 'try_size', 'settle_buckets', 'deferred_signals',
            'Checkpoints', 'State', 'MicroBatch', 'device_settings', 'synchronize', 'seed_device', 'EpochLoop',
-           'epoch_row', 'Trainer']
+           'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/04_trainer.ipynb #85b5762a
 import contextlib, copy, ctypes, json, math, os, platform, signal, time
@@ -465,19 +465,6 @@ class EpochLoop:
         "Has the training loss become NaN or infinite?"
         return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
 
-    def prepare(self):
-        "Find the micro-batches of all stages, and make their graphs if they are compiled, before anything is trained."
-        begin, state = time.perf_counter(), self.state
-        sizes = set()  # of the micro-batches that there will be: those of a full batch, and of an epoch's last one
-        for segment in self.plan.segments:
-            size, state.oom_limit = self.micro_batch.find(segment.stage.batch_size, state.oom_limit)
-            for update in (segment.update, segment.update + segment.updates - 1):
-                parts, _ = self.micro_batch.part(self.plan.at(update), size)
-                sizes |= {stop - start for start, stop in parts}
-        for size in sorted(sizes) if self.compile else (): try_size(self.step, *self.micro_batch.sample(size))
-        synchronize(self.device)
-        state.sums.resize_seconds += time.perf_counter() - begin
-
     def train_epoch(self, after_update: Callable):
         "Make the updates of the current epoch that are left. `after_update(updates)` is called after each."
         state, updates = self.state, self.plan.updates_of(self.state.epoch)
@@ -499,6 +486,20 @@ class EpochLoop:
             after_update(len(updates))
             self.clock.mark(None)
         state.sums.add_seconds(self.clock.read())
+
+# %% ../nbs/04_trainer.ipynb #3efe7f4c
+def prepare(loop: EpochLoop):
+    "Find the micro-batches of all stages, and make their graphs if they are compiled, before anything is trained."
+    begin, state = time.perf_counter(), loop.state
+    sizes = set()  # of the micro-batches that there will be: those of a full batch, and of an epoch's last one
+    for segment in loop.plan.segments:
+        size, state.oom_limit = loop.micro_batch.find(segment.stage.batch_size, state.oom_limit)
+        for update in (segment.update, segment.update + segment.updates - 1):
+            parts, _ = loop.micro_batch.part(loop.plan.at(update), size)
+            sizes |= {stop - start for start, stop in parts}
+    for size in sorted(sizes) if loop.compile else (): try_size(loop.step, *loop.micro_batch.sample(size))
+    synchronize(loop.device)
+    state.sums.resize_seconds += time.perf_counter() - begin
 
 # %% ../nbs/04_trainer.ipynb #3e0c5369
 def epoch_row(loop: EpochLoop) -> dict:
@@ -534,7 +535,7 @@ class Trainer(EpochLoop):
         with device_settings(self.device, self.precision), signals as received:
             saver = Checkpoints(checkpoint, identity or {}, checkpoint_minutes, self.world, received)
             self._resume(saver.load())
-            self.prepare()
+            prepare(self)
             state = self.state
 
             def after_update(updates):
