@@ -241,7 +241,7 @@ def clock_agrees(device: str) -> str:
     if abs(own / whole - 1) > 0.05 or abs(sum(phases) / whole - 1) > 0.05: raise RuntimeError(found)
     return found
 
-# %% ../nbs/12_gpu.ipynb #ff548c53
+# %% ../nbs/12_gpu.ipynb #8a117477
 @contextlib.contextmanager
 def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
     "Forward and backward over more than about so many samples run out of memory."
@@ -253,6 +253,7 @@ def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
         with trainer.model.register_forward_pre_hook(refuse): yield
         return
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     with device_settings(device, trainer.precision): trainer.micro_batch.find(samples, None)
     trainer.micro_batch.sizes.clear()
     needed = 1.2 * torch.cuda.max_memory_reserved(device)
@@ -280,9 +281,9 @@ def memory_limit(device: str) -> str:
     if not halved: raise RuntimeError(found)
     return found
 
-# %% ../nbs/12_gpu.ipynb #95a50abc
+# %% ../nbs/12_gpu.ipynb #7a08b33a
 def _command(device, output_dir):
-    settings = dict(model="resnet20", batch_size=128, max_batch_size=256, every=1, epochs=3, device=device,
+    settings = dict(model="alexnet", batch_size=32, max_batch_size=64, every=1, epochs=4, device=device,
                     output_dir=output_dir, save_weights=False)
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-u", "-m", "adabatch.train", *options]
@@ -294,9 +295,10 @@ def interrupted_command(device: str) -> str:
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run(_command(device, f"{tmp}/whole"), check=True, stdout=subprocess.DEVNULL)
         child = subprocess.Popen(_command(device, f"{tmp}/cut"), text=True, stdout=subprocess.PIPE)
-        for line in child.stdout:
-            if line.startswith("epoch"): child.terminate()
-        if child.wait() != 128 + signal.SIGTERM: raise RuntimeError(f"exit code {child.returncode} after SIGTERM")
+        next(line for line in child.stdout if line.startswith("epoch"))
+        child.terminate()
+        child.communicate()
+        if child.returncode != 128 + signal.SIGTERM: raise RuntimeError(f"exit code {child.returncode} after SIGTERM")
         subprocess.run(_command(device, f"{tmp}/cut"), check=True, stdout=subprocess.DEVNULL)
         whole, cut = _record(f"{tmp}/whole"), _record(f"{tmp}/cut")
     apart = abs(cut.train_loss[-1] / whole.train_loss[-1] - 1)

@@ -263,7 +263,7 @@ def try_size(step: Step, x: torch.Tensor, y: torch.Tensor) -> RuntimeError | Non
             with step.exchanging(last=False): step.measure(step.net, x, y)[0].backward()
     except RuntimeError as error:
         if not out_of_memory(error): raise
-        return error
+        return error.with_traceback(None)  # its frames would keep the batch in memory during the next try
     finally:
         for b, before in zip(step.model.buffers(), buffers): b.data.copy_(before)
         step.optimizer.zero_grad()
@@ -396,7 +396,8 @@ class MicroBatch:
             error = try_size(self.step, *self.sample(size))
             if not self.world.maximum([error is not None])[0]: break
             if size == 1:
-                raise MemoryError(f"not even one sample at a time fits into memory ({self.step.device})") from error
+                reason = error or "in another process"
+                raise MemoryError(f"not even one sample fits into memory ({self.step.device}): {reason}") from error
             limit = size = -(-size // 2)
             if self.step.device.type == "cuda": torch.cuda.empty_cache()
         self.sizes[batch_size] = size
