@@ -434,6 +434,7 @@ def coverage(evidence: Evidence, grid: str, seeds: int, suffix: str = "") -> str
         rows.append((*where, *shown))
     return markdown(["data", "network", *COLUMNS], rows)
 
+# %% ../nbs/09_analysis.ipynb #6f3bc62a
 def seconds_per_sample(evidence: Evidence, dataset: str, model: str) -> tuple[float, str] | None:
     "Median over the records of a network, tests included, and on what; of the same data set where there are any."
     keys = [key for key in evidence.runs if key[1] == model and "-x" not in key[2]]
@@ -543,6 +544,7 @@ def _panel(ax, evidence, c, quantity, over):
     ax.set_xlabel("updates so far" if over == "updates" else "epoch")
     ax.set_xlim(0)
 
+# %% ../nbs/09_analysis.ipynb #2c221092
 def plot_comparisons(
     evidence: Evidence,
     there: list[Comparison],  # a column each; each must have runs of AdaBatch and of the small batch

@@ -60,8 +60,7 @@ class Update:
 
 # %% ../nbs/02_loader.ipynb #2fdcf54b
 class Unrolled:
-    """Every update of a training, looked up by its number. TypeError or ValueError on bad numbers, and on a batch larger
-    than the training set."""
+    "Every update of a training, looked up by number. TypeError, ValueError on bad numbers or too large a batch."
     def __init__(self,
         schedule: Schedule,
         samples: int,  # size of the training set

@@ -140,13 +140,12 @@ class _Unroller:
         while (due := self._milestone()) is not None and due <= self._clock()[0]:
             self.index += 1
             self.stage = self.schedule.stages[self.index]
-        if self.stage.batch_size > self.samples:
-            size, samples = self.stage.batch_size, self.samples
-            raise ValueError(f"batch size {size:,} is larger than the training set of {samples:,} samples: "
-                             f"choose a smaller one, or use schedule.clamped({samples})")
+        size, samples = self.stage.batch_size, self.samples
+        if size <= samples: return
+        raise ValueError(f"batch size {size:,} is larger than the training set of {samples:,} samples: "
+                         f"choose a smaller one, or use schedule.clamped({samples})")
 
     def _add(self, updates, epochs):
-        "A segment; the epoch is closed if nothing of it is left."
         self.open.append(Segment(self.update, self.epoch, epochs, updates, self.start, 0, self.stage))
         samples = updates * self.stage.batch_size
         self.update += updates * epochs
@@ -187,9 +186,41 @@ class Curve:
         if value < 0: raise ValueError(f"the learning rate's curve is negative ({value}) at progress {progress:.6g}")
         return value * (batch_size / self.batch_size) ** self.power
 
+# %% ../nbs/00_schedule.ipynb #5ecb332c
+class _Derived:
+    "What follows from the look-ups of a schedule."
+    def unroll(self,
+        samples: int,  # size of the training set
+        drop_last: bool = True,  # leave out the samples of an epoch that do not fill a batch (the paper's setting)
+    ) -> tuple[Segment, ...]:
+        "The whole training in order. ValueError if a batch is larger than the training set."
+        return _Unroller(self, whole_number("samples", samples), drop_last).walk()
+
+    def updates(self,
+        epoch: int,
+        samples: int,  # size of the training set
+        drop_last: bool = True,
+    ) -> int:
+        "Optimizer updates in `epoch`."
+        samples = whole_number("samples", samples)
+        if self.unit == "epochs" and self.at(epoch) is self.at(epoch, 1 - 2**-53):
+            size = self.at(epoch).batch_size
+            return samples // size if drop_last else -(-samples // size)
+        epoch = whole_number("epoch", epoch, least=0, most=self.epochs - 1)
+        return sum(s.updates for s in self.unroll(samples, drop_last) if s.epoch <= epoch < s.epoch + s.epochs)
+
+    def clamped(self,
+        largest: int,  # samples; the size of the training set, say
+    ) -> "Schedule":
+        "The schedule with batches of at most `largest`; learning rates are cut in proportion, or by the curve's rule."
+        largest, power = whole_number("largest", largest), self.curve.power if self.curve else 1.0
+        def ratio(stage): return (min(stage.batch_size, largest) / stage.batch_size) ** power
+        stages = [Stage(s.start, min(s.batch_size, largest), s.lr * ratio(s)) for s in self.stages]
+        return replace(self, stages=stages, warmup_lr=self.warmup_lr * ratio(self.stages[0]))
+
 # %% ../nbs/00_schedule.ipynb #530dd853
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(_Derived):
     """Batch size and learning rate of every update. A value: it holds no state, and looking things up changes nothing.
 
     TypeError or ValueError on stages that make no schedule."""
@@ -227,11 +258,8 @@ class Schedule:
             last = self.epochs - 1
             raise ValueError(f"epoch {epoch} is outside of the schedule's {self.epochs} epochs (0 to {last})")
         if not 0 <= fraction < 1: raise ValueError(f"fraction must be at least 0 and less than 1, not {fraction}")
-        return self.stages[self._after(min(epoch + fraction, math.nextafter(epoch + 1, 0))) - 1]
-
-    def _after(self, done):
-        "The number of stages that have begun when `done` epochs are over."
-        return bisect_right(self.stages, done, key=lambda s: s.start)
+        done = min(epoch + fraction, math.nextafter(epoch + 1, 0))
+        return self.stages[bisect_right(self.stages, done, key=lambda s: s.start) - 1]
 
     def lr(self,
         epoch: int,  # counted from 0
@@ -248,35 +276,6 @@ class Schedule:
         if self.curve is not None: return self.curve.lr(done / self.epochs, stage.batch_size)
         if done >= self.warmup_epochs: return stage.lr
         return self.warmup_lr + (stage.lr - self.warmup_lr) * done / self.warmup_epochs
-
-    def unroll(self,
-        samples: int,  # size of the training set
-        drop_last: bool = True,  # leave out the samples of an epoch that do not fill a batch (the paper's setting)
-    ) -> tuple[Segment, ...]:
-        "The whole training in order. ValueError if a batch is larger than the training set."
-        return _Unroller(self, whole_number("samples", samples), drop_last).walk()
-
-    def updates(self,
-        epoch: int,
-        samples: int,  # size of the training set
-        drop_last: bool = True,
-    ) -> int:
-        "Optimizer updates in `epoch`."
-        samples = whole_number("samples", samples)
-        if self.unit == "epochs" and self.at(epoch) is self.at(epoch, 1 - 2**-53):
-            size = self.at(epoch).batch_size
-            return samples // size if drop_last else -(-samples // size)
-        epoch = whole_number("epoch", epoch, least=0, most=self.epochs - 1)
-        return sum(s.updates for s in self.unroll(samples, drop_last) if s.epoch <= epoch < s.epoch + s.epochs)
-
-    def clamped(self,
-        largest: int,  # samples; the size of the training set, say
-    ) -> "Schedule":
-        "The schedule with batches of at most `largest`; learning rates are cut in proportion, or by the curve's rule."
-        largest, power = whole_number("largest", largest), self.curve.power if self.curve else 1.0
-        def ratio(stage): return (min(stage.batch_size, largest) / stage.batch_size) ** power
-        stages = [Stage(s.start, min(s.batch_size, largest), s.lr * ratio(s)) for s in self.stages]
-        return replace(self, stages=stages, warmup_lr=self.warmup_lr * ratio(self.stages[0]))
 
 # %% ../nbs/00_schedule.ipynb #6bead3be
 def _starts(every, milestones, epochs, unit):

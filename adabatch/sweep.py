@@ -55,6 +55,7 @@ def table(runs: list[Run], executor: str, note: Callable = lambda run: "") -> st
 
 def _duration(seconds): return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
 
+# %% ../nbs/08_sweep.ipynb #107f0324
 class Sweep:
     "Makes the records of runs, each in a process of its own."
     def __init__(self,
@@ -138,6 +139,7 @@ class Job:
 
 def _ignore_preemption(): signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
+# %% ../nbs/08_sweep.ipynb #f4271cea
 class Cluster:
     "Hands runs to a cluster, a job each."
     def __init__(self,

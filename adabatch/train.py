@@ -206,6 +206,7 @@ def launch(run: Run):
     if interrupted: raise Interrupted("stopped; the same command goes on from the last checkpoint", signal.SIGINT)
     raise RuntimeError(f"a run of {processes} processes failed with exit code {child.returncode}:\n{_failure(lines)}")
 
+# %% ../nbs/07_train.ipynb #6553bdc7
 def _pass_on(child):
     "Print what torchrun prints, until it ends. Its lines, and whether it was interrupted."
     lines, interrupted = [], False
