@@ -18,7 +18,11 @@ run: setup  ## train AlexNet on digits with AdaBatch; the executed notebook and 
 	mkdir -p runs
 	papermill nbs/run.ipynb runs/run.ipynb --no-progress-bar --stdout-file - -p output_dir runs
 
-test: setup  ## the notebooks, then the exported modules
+.venv/.test-ready: .venv/.ready requirements-test.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --no-deps --python $(BIN)/python -r requirements-test.lock
+	touch $@
+
+test: .venv/.test-ready  ## the notebooks, then the exported modules
 	nbdev_test --n_workers 1
 	python -m pytest -q tests
 
