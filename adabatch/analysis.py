@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import record
-from .experiment import NETWORKS, Experiment, Run, exit_code, make_schedule, recipe, select, training_samples
+from .experiment import Experiment, Run, exit_code, make_schedule, recipe, select, training_samples
 from .record import Record
 from .sweep import Sweep
 
@@ -388,7 +388,8 @@ def answers(evidence: Evidence) -> str:
                            "and times of a CPU shared with other work support no claim.")
     return (f"- **Does AdaBatch end where the small batch ends, within one point?** {ends}.\n"
             f"- **How many updates does it save?** {saved}.\n"
-            f"- **Where does it not help?** It ends more than one point higher: {_names(said['no, it ends higher'])}.{time}")
+            "- **Where does it not help?** It ends more than one point higher: "
+            f"{_names(said['no, it ends higher'])}.{time}")
 
 def decided_otherwise(evidence: Evidence) -> str:
     "The claims whose verdict Welch's interval would change where the paired one decides."

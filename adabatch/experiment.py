@@ -219,7 +219,8 @@ def resolve(experiment: Experiment) -> Run:
     choose("resume", e.resume, ("any", "own"))
     if e.dataset not in DATASETS and not (Path(e.dataset).is_dir() and Path(e.dataset).resolve().name):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {_shown(e.dataset)}: choose from {known}, or give a folder of class folders")
+        raise ValueError(f"unknown data set {_shown(e.dataset)}: choose from {known}, "
+                         "or give a folder of class folders")
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
         if e.schedule == "fixed" and getattr(e, name) is not None: raise ValueError(f"a fixed schedule has no {name}")

@@ -96,7 +96,7 @@ def samples_per_second(
 # %% ../nbs/10_forecast.ipynb #c98b022b
 def _visits(trainer, batch_sizes, seconds):
     "Updates in a visit for each batch size that can be measured in `seconds`: found by an update of each."
-    visits, a_round, begin = {}, 0.0, time.perf_counter()
+    visits, an_update, a_round, begin = {}, 0.0, 0.0, time.perf_counter()
     visit = min(VISIT_SECONDS, seconds / (2 * ROUNDS * len(batch_sizes)))
     for size in sorted(batch_sizes):
         if visits:
@@ -115,7 +115,7 @@ def measure(
     seconds: float = 60,  # to spend, about; the smallest batch size is measured however long it takes
 ) -> Measurement:
     "Training samples per second over batch sizes. ValueError if the trainer's data is smaller than one of them."
-    begin, rounds = time.perf_counter(), []
+    begin, rounds, a_round = time.perf_counter(), [], 0.0
     with device_settings(trainer.device, trainer.precision):
         visits = _visits(trainer, batch_sizes, seconds)
         order = list(visits)

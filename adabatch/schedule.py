@@ -127,8 +127,7 @@ class _Unroller:
         if self.schedule.unit == "samples": return self.used, size, min(updates * size, left), updates
         return self.epoch * self.samples + start, size, self.samples, updates
 
-    def _milestone(self):
-        "When the next stage begins, on the same clock; None if there is none."
+    def _milestone(self):  # of the next stage, on the same clock; None if there is none
         if self.index + 1 == len(self.schedule.stages): return None
         start = self.schedule.stages[self.index + 1].start
         if self.schedule.unit != "epochs": return start

@@ -10,7 +10,6 @@ __all__ = ['HERE', 'LAUNCHED', 'GRACE_SECONDS', 'existing', 'checkpoint_path', '
 # %% ../nbs/07_train.ipynb #8005049d
 import argparse, contextlib, json, os, platform, select, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch

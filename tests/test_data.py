@@ -112,7 +112,7 @@ def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_pat
             (tmp_path / split / name).mkdir(parents=True)
             for k in range(count):
                 Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{k}.png")
-    streams = [Folder(tmp_path, workers=w, size=32) for w in (0, 2)]
+    streams, before = [Folder(tmp_path, workers=w, size=32) for w in (0, 2)], None
     for number in range(2):
         one = torch.cat([x for x, _ in streams[0].train_batches(streams[0].draw(0, number), [(0, 5), (5, 12)])])
         batches = list(streams[1].train_batches(streams[1].draw(0, number), [(0, 4), (4, 8), (8, 12)]))
