@@ -9,6 +9,7 @@ __all__ = ['split', 'batch_slices', 'shard', 'micro_batches', 'Update', 'Unrolle
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -43,8 +44,11 @@ def micro_batches(
     part: tuple[int, int],  # (start, stop)
     size: int,  # most samples in a micro-batch
 ) -> list[tuple[int, int]]:
-    "A slice cut into micro-batches, the last of them shorter where it does not come out even."
-    return [(start, min(start + size, part[1])) for start in range(part[0], part[1], size)]
+    """As few micro-batches as will do, which differ by one sample at most: a short one would spoil the statistics of
+    batch normalisation."""
+    samples = part[1] - part[0]
+    ends = list(accumulate(split(samples, -(-samples // size)), initial=part[0]))
+    return list(zip(ends, ends[1:]))
 
 # %% ../nbs/02_loader.ipynb #3b47903a
 @dataclass(frozen=True)

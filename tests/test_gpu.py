@@ -18,13 +18,17 @@ class Slow(Trainer):
         super()._pause(saver)
 
 
+@pytest.fixture(scope="module")
+def noise(): return gpu.load_data("fake")
+
+
 @pytest.fixture
-def rehearsal(tmp_path, monkeypatch, quick):
+def rehearsal(tmp_path, monkeypatch, quick, noise):
     "Options of a rehearsal of four runs, in a process that has just begun."
-    noise, whole = gpu.load_data("fake"), gpu.order_of_worth
+    load, whole = gpu.load_data, gpu.order_of_worth
     monkeypatch.setattr(gpu, "check", lambda *_: True)
     monkeypatch.setattr(gpu, "process_seconds", lambda: 0)
-    monkeypatch.setattr(gpu, "load_data", lambda *_: noise)
+    monkeypatch.setattr(gpu, "load_data", lambda name, *a, **k: noise if name == "fake" else load(name, *a, **k))
     monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
     return ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
 

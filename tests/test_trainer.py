@@ -45,6 +45,15 @@ def test_shards_and_micro_batches_cover_every_sample_once():
             assert samples == list(range(*batch_slice))
 
 
+def test_micro_batches_are_cut_equal():
+    assert micro_batches((0, 683), 342) == [(0, 342), (342, 683)]
+    for samples in range(1, 200):
+        for size in range(1, 70):
+            sizes = [stop - start for start, stop in micro_batches((7, 7 + samples), size)]
+            assert sum(sizes) == samples and max(sizes) <= size and len(sizes) == -(-samples // size)
+            assert max(sizes) - min(sizes) <= 1 and (min(sizes) > 1 or samples == 1 or size < 3)  # never a piece of one image
+
+
 # --- however an update is cut -------------------------------------------------------------------------------------------
 
 class Watched:
