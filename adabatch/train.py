@@ -194,7 +194,7 @@ def launch(run: Run):
     processes = run.experiment.processes
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    child = subprocess.Popen([*torchrun, "-m", "adabatch.train", *arguments(run.experiment)], text=True,
+    child = subprocess.Popen([*torchrun, "-m", "adabatch.train", *arguments(run.experiment)], errors="backslashreplace",
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              start_new_session=True, env=os.environ | LAUNCHED | {"OMP_NUM_THREADS": threads})
     handler = signal.signal(signal.SIGTERM, raise_interrupt)

@@ -144,6 +144,31 @@ def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path,
     assert "carrying on" not in capsys.readouterr().out
 
 
+def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    progress = train.Progress(resolve(Experiment(device="cpu")))
+    row = dict(batch_size=16, lr=0.02, train_loss=1, test_error=50, train_seconds=3000, test_seconds=600)
+    for update in range(1, 91):
+        clock[0] += 2
+        progress.on_update(1, update, 90)
+    progress.on_epoch(row)
+    for update in range(1, 91): progress.on_update(9, update, 90)
+    progress.on_epoch(row)
+    lines = capsys.readouterr().out.splitlines()
+    minutes = [line.split()[-1] for line in lines[:3]]
+    assert minutes == ["30/90", "60/90", "90/90"] and len(lines) == 5
+    assert lines[3].endswith("3600.0 s  about 8:00:00 left") and lines[4].endswith("3600.0 s")
+
+
+def test_help_names_the_values_of_the_recipes(capsys):
+    with pytest.raises(SystemExit): main(["--help"])
+    out = capsys.readouterr().out
+    for (data, model), values in experiment.RECIPES.items():
+        line, = (line.split() for line in out.splitlines() if line.split()[:2] == [data, model])
+        assert line[2:] == [str(values[n]) for n in ("batch_size", "max_batch_size", "epochs", "every", "lr", "decay", "weight_decay")]
+
+
 def hold(path):
     with lock(path):
         Path(f"{path}.held").touch()

@@ -1,5 +1,6 @@
 import errno
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -80,3 +81,21 @@ def test_as_configured_and_summary(tmp_path):
         save(tmp_path / "run.npz", history=rows, config=config)
         assert record.load(tmp_path / "run.npz").as_configured is expected
     assert "500 training samples/s, 8 s on none" in record.load(tmp_path / "run.npz").summary()
+
+
+def test_figures_without_matplotlib_say_what_to_install(tmp_path, monkeypatch):
+    save(tmp_path / "run.npz")
+    for name in ("matplotlib", "matplotlib.pyplot"): monkeypatch.setitem(sys.modules, name, None)
+    r = record.load(tmp_path / "run.npz")
+    for draw in (lambda: record.plot_run({"a": r}), lambda: record.plot_phases(r)):
+        with pytest.raises(ImportError, match=r"pip install adabatch\[report\]"): draw()
+
+
+@pytest.mark.parametrize("changes", [dict(lr=np.zeros(2)), dict(lr=np.zeros((3, 1))), dict(lr=np.zeros(3, np.float32)), dict(updates=np.zeros(3)),
+                                     dict(status="done"), dict(config="[]"), dict(config="{"), dict(environment="3"), dict(lr=np.array(["a", "b", "c"]))])
+def test_a_record_whose_values_are_of_another_kind_is_refused(tmp_path, changes):
+    path = tmp_path / "run.npz"
+    save(path)
+    with np.load(path) as f: values = {n: f[n] for n in f.files}
+    np.savez(path, **values | changes)
+    with pytest.raises(ValueError, match="run.npz is damaged or no record"): record.load(path)

@@ -13,17 +13,16 @@ from test_crash import finished, make
 
 from adabatch import record
 
-UPDATES = 11 + 5 + 2  # of `RUN`; a checkpoint is written after each
 ENDINGS = {"fsync": [".pt.partial"], "replace": [".pt", ".pt.previous"]}
 
 
 def moment(rng, length):
     "A named moment, as `make` takes it, or seconds."
     kind = rng.randrange(8)
-    if kind == 0: return rng.choice(["fsync", "replace"]), rng.choice([".npz.partial", ".npz"]), 1
-    if kind > 3: return rng.uniform(0.05, 1.0) * length
+    if kind == 0: return rng.choice([("fsync", ".npz.partial", 1), ("replace", ".npz", 1)])
+    if kind > 3: return rng.uniform(0.05, 0.8) * length
     name = rng.choice(list(ENDINGS))
-    return name, rng.choice(ENDINGS[name]), rng.randint(2, UPDATES - 2)
+    return name, rng.choice(ENDINGS[name]), rng.randint(2, 6)
 
 
 def kill(folder, when):
