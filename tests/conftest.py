@@ -1,4 +1,5 @@
-"""Helpers that start real processes. They are forked from a server that has imported what takes long already, so that each starts at once."""
+"""Starting real processes, forked from a server that has imported what takes long, so that each starts at once."""
+
 import multiprocessing
 import os
 import socket
@@ -18,13 +19,17 @@ processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._
 def small(dtype=torch.float32):
     "A network without batch normalisation that trains on digits in a moment; always the same initial weights."
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 10)).to(dtype)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 10)
+    ).to(dtype)
 
 
 def _enter(function, rank, size, port, args):
     torch.set_num_threads(1)
     if size > 1:
-        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ |= dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     function(*args)
 
 

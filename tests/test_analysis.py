@@ -43,7 +43,8 @@ def test_within_is_two_one_sided_tests():
     assert judge(a, b, -1, 1)[0] == "holds" and judge(a, b, -0.2, 0.2)[0] == "not decided"
 
 
-def by_seed(values, first=0): return dict(enumerate(values, first))
+def by_seed(values, first=0):
+    return dict(enumerate(values, first))
 
 
 def test_where_all_seeds_are_shared_the_paired_test_decides():
@@ -68,13 +69,21 @@ def test_without_the_same_seeds_welchs_test_decides():
         assert judge(by_seed(growing), other, -1, 1)[0] == "not decided"
 
 
-@pytest.mark.parametrize("a, b, verdict", [
-    ([], [1.0], "not decided"), ([8.0], [8.0], "not decided"), ([8.0, 8.0], [8.0, 8.0], "not decided"),
-    ([8.0, 8.1], [8.0, 8.1], "holds"), ([18.0, 18.1], [8.0, 8.1], "fails")])
+@pytest.mark.parametrize(
+    "a, b, verdict",
+    [
+        ([], [1.0], "not decided"),
+        ([8.0], [8.0], "not decided"),
+        ([8.0, 8.0], [8.0, 8.0], "not decided"),
+        ([8.0, 8.1], [8.0, 8.1], "holds"),
+        ([18.0, 18.1], [8.0, 8.1], "fails"),
+    ],
+)
 def test_few_seeds_and_clear_cases(a, b, verdict):
     found, why = judge(a, b, -1, 1)
     assert found == verdict
-    if len(a) < 2: assert "no runs" in why or "too few seeds" in why and "n = 1 and 1" in why
+    if len(a) < 2:
+        assert "no runs" in why or "too few seeds" in why and "n = 1 and 1" in why
 
 
 def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
@@ -90,33 +99,42 @@ def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     evidence = collect(tmp_path)
     key = "digits", "alexnet", "fixed-16"
     assert list(evidence.runs) == [key] and list(evidence.runs[key]) == [0]
-    reasons = ["damaged, or no record of an experiment", "not where its settings belong",
-               "not all epochs were divided as the arm says", "another momentum than the recipe's",
-               "damaged, or no record of an experiment"]
+    reasons = [
+        "damaged, or no record of an experiment",
+        "not where its settings belong",
+        "not all epochs were divided as the arm says",
+        "another momentum than the recipe's",
+        "damaged, or no record of an experiment",
+    ]
     names = [f"digits/alexnet/fixed-16-seed{seed}.npz" for seed in range(1, 6)]
     assert evidence.left_out == [f"{name}: {reason}" for name, reason in zip(names, reasons)]
 
 
 def test_only_runs_with_the_same_setup_are_compared_in_speed(tmp_path):
     arms = "digits", "alexnet", "fixed-16", "adabatch-16-256"
+
     def verdict():
         claim = speed_claim(collect(tmp_path), *arms, 1.5)
         return claim.measured, claim.verdict
+
     def gpu(name, seconds, seed, **settings):
         made, row = dict(device=name, clock="CUDA events"), dict(forward_seconds=seconds + 0.01 * seed)
         make(tmp_path, seed, made=made, row=row, **settings)
+
     for seed in range(2):
         gpu("slow", 3.0, seed)
         gpu("fast", 1.0, seed, schedule="adabatch")
     assert verdict() == ("no runs on one and the same GPU", "not decided")
-    for seed in (2, 3): gpu("fast", 2.0, seed)
+    for seed in (2, 3):
+        gpu("fast", 2.0, seed)
     measured, found = verdict()
     assert found == "holds" and measured.startswith("1.5") and "fast, 1 threads" in measured
     assert speed_claim(collect(tmp_path), *arms, 3.0).verdict == "fails"
 
 
 def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
-    for seed, error in enumerate((4.0, 6.0)): make(tmp_path, seed=seed, error=error)
+    for seed, error in enumerate((4.0, 6.0)):
+        make(tmp_path, seed=seed, error=error)
     evidence = collect(tmp_path)
     table = analysis.arms_table(evidence, [("digits", "alexnet", arm) for arm in ("fixed-16", "fixed-256")], "../")
     assert "| 5.00 ± 1.41 (n=2) |" in table and "[1](../digits/alexnet/fixed-16-seed1.npz)" in table
@@ -169,6 +187,7 @@ def test_links_of_a_table_lead_to_the_records():
 
 def run_report(folder, tmp_path):
     import papermill
+
     parameters = dict(output_dir=str(folder.resolve()))
     papermill.execute_notebook("nbs/report.ipynb", tmp_path / "report.ipynb", parameters, progress_bar=False)
     return (tmp_path / "report.ipynb").read_text()

@@ -1,4 +1,5 @@
 """More than one machine: a run over two nodes, and a sweep whose runs are jobs of a cluster."""
+
 import os
 import signal
 import socket
@@ -39,21 +40,44 @@ def wait_for(found, seconds=120):
 
 def descendants(pid):
     "The process ids of children and their children."
-    try: children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError: return []
+    try:
+        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
     return [p for child in children for p in (child, *descendants(child))]
 
 
-# --- two nodes ------------------------------------------------------------------------------------------------------------
+# --- two nodes
+
 
 def node(rank, port, folder):
     "One of two torchruns on loopback, with two processes each, as an own session."
     options = {**SETTINGS, "output_dir": folder, "checkpoint_minutes": 0.01}
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "2",
-                             "--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "adabatch.train",
-                             *(part for name, value in options.items() for part in (f"--{name}", str(value)))],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+            "--node_rank",
+            str(rank),
+            "--nproc_per_node",
+            "2",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(port),
+            "-m",
+            "adabatch.train",
+            *(part for name, value in options.items() for part in (f"--{name}", str(value))),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
 
 
 def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
@@ -63,7 +87,8 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
     try:
         wait_for(lambda: (tmp_path / "cut" / f"{name}.pt").exists())
         os.killpg(second.pid, signal.SIGKILL)
-        for pid in descendants(second.pid): os.kill(pid, signal.SIGKILL)
+        for pid in descendants(second.pid):
+            os.kill(pid, signal.SIGKILL)
         output = first.communicate(timeout=120)[0]
         assert first.returncode != 0, output  # the node that is left does not wait for ever
         assert not (tmp_path / "cut" / f"{name}.npz").exists()
@@ -72,22 +97,31 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
         assert (first.returncode, second.returncode) == (0, 0), outputs
     finally:
         for process in (first, second):
-            if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     whole, cut = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "cut"))
-    assert record.differences(whole, cut) == [] and cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4]
+    assert (
+        record.differences(whole, cut) == [] and cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4]
+    )
 
 
-# --- a sweep whose runs are jobs ------------------------------------------------------------------------------------------
+# --- a sweep whose runs are jobs
+
 
 def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(tmp_path):
     pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
-    runs = [resolve(Experiment(**SETTINGS, seed=seed, checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs"))) for seed in (0, 1)]
+    runs = [
+        resolve(Experiment(**SETTINGS, seed=seed, checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs")))
+        for seed in (0, 1)
+    ]
     cluster = Cluster(runs, kind="local", gpus=0)
     first, second = cluster.run()
     wait_for(lambda: checkpoint_path(runs[0]).exists())
     assert state(runs[0]) == "running"
-    for pid in descendants(int(first.job_id)): os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
-    for job in (first, second): wait_for(job.done, 240)
+    for pid in descendants(int(first.job_id)):
+        os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
+    for job in (first, second):
+        wait_for(job.done, 240)
     assert "Requeued job" in first.stdout() and "this job is preempted" in first.stderr()
     assert "complete" in first.result() and "complete" in second.result()
     for run in runs:
@@ -107,12 +141,15 @@ def test_the_command_submits_once_and_shows_the_queue(tmp_path, monkeypatch, cap
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(sweep, "select", lambda *a, **k: [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))])
+    monkeypatch.setattr(
+        sweep, "select", lambda *a, **k: [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))]
+    )
     options = ["--executor", "slurm", "--partition", "night", "--gpus", "1", "--hours", "2"]
     assert sweep.main([*options, "--dry_run"]) == 0 and "to do\n" in capsys.readouterr().out
     assert sweep.main(options) == 0 and "1 of 1 runs were submitted" in capsys.readouterr().out
     script = (tmp_path / "submitted.sh").read_text()
-    for line in ("--partition=night", "--gpus-per-node=1", "--time=120", "--signal=USR2@90"): assert f"#SBATCH {line}\n" in script
+    for line in ("--partition=night", "--gpus-per-node=1", "--time=120", "--signal=USR2@90"):
+        assert f"#SBATCH {line}\n" in script
     assert sweep.main([*options, "--dry_run"]) == 0 and "to do, job 12 PENDING" in capsys.readouterr().out
     assert sweep.main(options) == 0 and "0 of 1 runs were submitted" in capsys.readouterr().out
 
@@ -129,9 +166,14 @@ def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
     kept = []
 
     class Executor:
-        def __init__(self, *args, **kwargs): pass
-        def update_parameters(self, **kwargs): kept.append(kwargs)
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def update_parameters(self, **kwargs):
+            kept.append(kwargs)
+
         submit = staticmethod(kept.append)
+
     for gpus in (None, 0):
         cluster = Cluster([run], gpus=gpus)
         cluster.submitit = type("", (), dict(AutoExecutor=Executor))

@@ -1,4 +1,5 @@
 """Runs killed at any moment end in the record of a run that was left alone."""
+
 import os
 import random
 import signal
@@ -14,12 +15,14 @@ from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
 from adabatch.train import existing
 
-RUN = Experiment(epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0, save_weights=False)  # a checkpoint after every update
+RUN = Experiment(
+    epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0, save_weights=False
+)  # a checkpoint after every update
 
 
 def make(folder, pause=None):
-    """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count): say so in a
-    file and wait, when that function is called for the count-th time for such a path."""
+    """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count):
+    say so in a file and wait, when that function is called for the count-th time for such a path."""
     train.get_model = lambda name, classes: small()
     if pause:
         name, ending, count = pause
@@ -32,6 +35,7 @@ def make(folder, pause=None):
                 Path(folder, "paused").touch()
                 time.sleep(60)
             return call(*args)
+
         setattr(os, name, watched)
     train.run(replace(RUN, output_dir=str(folder)))
 
@@ -50,7 +54,11 @@ def test_killed_at_twenty_moments(tmp_path):
     length = time.monotonic() - begin
     rng = random.Random(0)
     moments = [("fsync", ".pt.partial", rng.randint(1, 15)) for _ in range(3)]  # while a checkpoint is written
-    moments += [("replace", ".pt.previous", rng.randint(1, 15)), ("replace", ".pt", rng.randint(2, 15)), ("replace", ".pt", rng.randint(2, 15))]  # around its renaming
+    moments += [
+        ("replace", ".pt.previous", rng.randint(1, 15)),
+        ("replace", ".pt", rng.randint(2, 15)),
+        ("replace", ".pt", rng.randint(2, 15)),
+    ]  # around its renaming
     moments += [("fsync", ".npz.partial", 1), ("replace", ".npz", 1)]  # while the record is written
     moments += [rng.uniform(0.1, 0.9) * length for _ in range(12)]
     late = 0
@@ -60,20 +68,56 @@ def test_killed_at_twenty_moments(tmp_path):
         child = start(make, folder, moment if isinstance(moment, tuple) else None)
         if isinstance(moment, tuple):
             deadline = time.monotonic() + 60
-            while not (folder / "paused").exists(): assert time.monotonic() < deadline and child.is_alive(); time.sleep(0.005)
-        else: time.sleep(moment)
+            while not (folder / "paused").exists():
+                assert time.monotonic() < deadline and child.is_alive()
+                time.sleep(0.005)
+        else:
+            time.sleep(moment)
         late += not child.is_alive()
-        child.kill(); child.join()
+        child.kill()
+        child.join()
         assert record.differences(whole, finished(folder)) == [], moment
-        assert sorted(p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name and not p.name.endswith(".partial")) \
-            == [resolve(RUN).path.name], moment
+        assert sorted(
+            p.name
+            for p in (folder / "digits/alexnet").iterdir()
+            if ".npz.lock" not in p.name and not p.name.endswith(".partial")
+        ) == [resolve(RUN).path.name], moment
     print(f"{len(moments)} moments, {late} of them after the end of the run")
 
 
 def torchrun(folder, *options, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options, "-m", "adabatch.train",
-                             "--epochs", "2", "--every", "1", "--batch_size", "64", "--max_batch_size", "128", "--device", "cpu", "--checkpoint_minutes", "0", "--output_dir", str(folder)],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "3",
+            *options,
+            "-m",
+            "adabatch.train",
+            "--epochs",
+            "2",
+            "--every",
+            "1",
+            "--batch_size",
+            "64",
+            "--max_batch_size",
+            "128",
+            "--device",
+            "cpu",
+            "--checkpoint_minutes",
+            "0",
+            "--output_dir",
+            str(folder),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
 
 
 def two_epochs(folder):
@@ -84,7 +128,8 @@ def two_epochs(folder):
 def worker(launcher, rank):
     "The process id of a rank, once its first checkpoint is there."
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes(): return int(child)
+        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
     raise AssertionError(f"no rank {rank}")
 
 
@@ -112,4 +157,8 @@ def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path
     output = restarted.communicate(timeout=300)[0]
     assert restarted.returncode == 0, output
     whole, again = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "restarted"))
-    assert record.differences(whole, again) == [] and again.environment["restarts"] >= 1 and again.processes.tolist() == [3, 3]
+    assert (
+        record.differences(whole, again) == []
+        and again.environment["restarts"] >= 1
+        and again.processes.tolist() == [3, 3]
+    )

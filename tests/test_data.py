@@ -35,7 +35,10 @@ def test_class_folders_are_decoded_once(tiny, monkeypatch):
     monkeypatch.setattr(data, "_pixels", None)  # would fail if an image were decoded again
     again = load_data("cifar10", tiny)
     assert torch.equal(first.crops, again.crops) and torch.equal(first.test[0], again.test[0])
-    assert (first.crops.stride(), first.test[0].stride()) == (again.crops.stride(), again.test[0].stride())  # in another layout sums come out otherwise
+    assert (first.crops.stride(), first.test[0].stride()) == (
+        again.crops.stride(),
+        again.test[0].stride(),
+    )  # in another layout sums come out otherwise
 
 
 def test_the_cache_is_made_again_when_a_file_changes_or_it_is_damaged(tiny):
@@ -51,12 +54,14 @@ def test_torchvisions_files(tiny, monkeypatch):
     base = tiny / "cifar-10-batches-py"
     base.mkdir()
     images = expected.crops[:, 4, 4].permute(0, 3, 1, 2).reshape(20, -1).numpy()
-    batches = {f"data_batch_{k + 1}": (images[4 * k:4 * k + 4], expected.labels[4 * k:4 * k + 4]) for k in range(5)}
+    batches = {f"data_batch_{k + 1}": (images[4 * k : 4 * k + 4], expected.labels[4 * k : 4 * k + 4]) for k in range(5)}
     batches["test_batch"] = expected.test[0].reshape(10, -1).numpy(), expected.test[1]
     for name, (pixels, labels) in batches.items():
         (base / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels.tolist()}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CLASSES}))
-    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or damaged"):  # its checksums are not CIFAR's
+    with pytest.raises(
+        ValueError, match="cifar-10-batches-py is incomplete or damaged"
+    ):  # its checksums are not CIFAR's
         load_data("cifar10", tiny)
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
     shutil.rmtree(tiny / "cifar10")
@@ -64,14 +69,23 @@ def test_torchvisions_files(tiny, monkeypatch):
     assert torch.equal(found.crops, expected.crops) and torch.equal(found.labels, expected.labels)
 
 
-@pytest.mark.parametrize("harm, line", [
-    (lambda d: shutil.rmtree(d / "test"), "test is missing: half a data set"),
-    (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
-    (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
-    (lambda d: (d / "test/class4/0.png").write_bytes((d / "test/class4/0.png").read_bytes()[:900]), "class4/0.png is damaged"),
-    (lambda d: Image.new("RGB", (31, 32)).save(d / "train/class2/0.png"), "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32"),
-    (lambda d: Image.new("L", (32, 32)).save(d / "train/class2/0.png"), "class2/0.png is L of 32x32"),
-])
+@pytest.mark.parametrize(
+    "harm, line",
+    [
+        (lambda d: shutil.rmtree(d / "test"), "test is missing: half a data set"),
+        (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
+        (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
+        (
+            lambda d: (d / "test/class4/0.png").write_bytes((d / "test/class4/0.png").read_bytes()[:900]),
+            "class4/0.png is damaged",
+        ),
+        (
+            lambda d: Image.new("RGB", (31, 32)).save(d / "train/class2/0.png"),
+            "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32",
+        ),
+        (lambda d: Image.new("L", (32, 32)).save(d / "train/class2/0.png"), "class2/0.png is L of 32x32"),
+    ],
+)
 def test_what_is_wrong_is_named_and_nothing_is_written(tiny, harm, line):
     harm(tiny / "cifar10")
     with pytest.raises(ValueError, match=line):
@@ -80,9 +94,15 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tiny, harm, line):
 
 
 def test_no_network(tmp_path, monkeypatch):
-    def download(*args, **kwargs): raise OSError("no network")
+    def download(*args, **kwargs):
+        raise OSError("no network")
+
     monkeypatch.setattr("torchvision.datasets.CIFAR10", download)
-    with pytest.raises(ValueError, match=r"could not be downloaded \(no network\): put it there, as torchvision's cifar-10-batches-py/ or as class folders"):
+    with pytest.raises(
+        ValueError,
+        match=r"could not be downloaded \(no network\): put it there, as torchvision's cifar-10-batches-py/ "
+        "or as class folders",
+    ):
         load_data("cifar10", tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
 
@@ -111,14 +131,17 @@ def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_pat
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)
             for k in range(count):
-                Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{k}.png")
+                Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
+                    tmp_path / split / name / f"{k}.png"
+                )
     streams, before = [Folder(tmp_path, workers=w, size=32) for w in (0, 2)], None
     for number in range(2):
         one = torch.cat([x for x, _ in streams[0].train_batches(streams[0].draw(0, number), [(0, 5), (5, 12)])])
         batches = list(streams[1].train_batches(streams[1].draw(0, number), [(0, 4), (4, 8), (8, 12)]))
         assert torch.equal(one, torch.cat([x for x, _ in batches]))
         workers = [w.pid for w in streams[1].train._iterator._workers]
-        if number: assert workers == before  # the same processes, with other batches
+        if number:
+            assert workers == before  # the same processes, with other batches
         before = workers
         assert sorted(torch.cat([y for _, y in batches]).tolist()) == [0] * 6 + [1] * 6
     x, y = next(streams[1].test_batches([(0, 6)]))

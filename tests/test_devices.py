@@ -1,4 +1,5 @@
 """What the trainer promises of devices that this machine may not have: fakes where a CPU can tell."""
+
 import contextlib
 import os
 import signal
@@ -33,9 +34,12 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
 
-# --- the process group (2) -------------------------------------------------------------------------------------------------
+# --- the process group (2)
 
-@pytest.mark.parametrize("error, destroyed", [(None, True), (Interrupted("stopped", signal.SIGTERM), True), (RuntimeError("broken"), False)])
+
+@pytest.mark.parametrize(
+    "error, destroyed", [(None, True), (Interrupted("stopped", signal.SIGTERM), True), (RuntimeError("broken"), False)]
+)
 def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed):
     calls = []
     monkeypatch.setattr(engine, "_rendezvous", dict)
@@ -43,30 +47,38 @@ def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed)
     monkeypatch.setattr(dist, "destroy_process_group", lambda *a: calls.append("left"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with contextlib.suppress(RuntimeError, Interrupted), process_group("cpu"):
-        if error: raise error
+        if error:
+            raise error
     assert calls == ["joined", "left"] if destroyed else calls == ["joined"]
 
 
-# --- which device, and who says so (3, 8) ----------------------------------------------------------------------------------
+# --- which device, and who says so (3, 8)
+
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch, two_gpus):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device cuda:1 is one GPU for 2 processes"), process_group("cuda:1"): pass
+    with pytest.raises(ValueError, match="device cuda:1 is one GPU for 2 processes"), process_group("cuda:1"):
+        pass
 
 
 def test_more_processes_than_gpus_are_refused_before_they_are_started(monkeypatch, two_gpus, tmp_path):
     monkeypatch.setattr(train.subprocess, "Popen", lambda *a, **k: pytest.fail("processes were started"))
     run = resolve(Experiment(device="cuda", processes=3, output_dir=str(tmp_path)))
-    with pytest.raises(ValueError, match="processes is 3, but this machine has 2 GPUs"): train.launch(run)
+    with pytest.raises(ValueError, match="processes is 3, but this machine has 2 GPUs"):
+        train.launch(run)
 
 
-@pytest.mark.parametrize("rank, everywhere, said", [
-    ("0", False, "error: no\n"), ("2", False, "error: rank 2: no\n"), ("2", True, ""), ("0", True, "error: no\n")])
+@pytest.mark.parametrize(
+    "rank, everywhere, said",
+    [("0", False, "error: no\n"), ("2", False, "error: rank 2: no\n"), ("2", True, ""), ("0", True, "error: no\n")],
+)
 def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, everywhere, said):
     def refuse():
         error = ValueError("no")
-        if everywhere: error.from_rank_0 = True
+        if everywhere:
+            error.from_rank_0 = True
         raise error
+
     monkeypatch.setattr(experiment, "_raised_here", lambda error: True)
     monkeypatch.setenv("RANK", rank)
     assert experiment.exit_code(refuse) == 2 and capsys.readouterr().err == said
@@ -74,20 +86,24 @@ def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, ev
 
 def test_a_world_of_one_needs_no_rank(monkeypatch, tmp_path, quick):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"): monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
     assert train.run(Experiment(epochs=1, every=1, device="cpu", output_dir=str(tmp_path))).status == "complete"
 
 
-# --- trying a size (4, 5) --------------------------------------------------------------------------------------------------
+# --- trying a size (4, 5)
+
 
 class Watched(torch.nn.Module):
     "Notes the sizes of its batches, and whether gradients are there when it is called."
+
     def __init__(self):
         super().__init__()
         self.net, self.calls = small(), []
 
     def forward(self, x):
-        if self.training: self.calls.append((len(x), self.net[0].weight.grad is not None))
+        if self.training:
+            self.calls.append((len(x), self.net[0].weight.grad is not None))
         return self.net(x)
 
 
@@ -108,7 +124,7 @@ def test_what_a_trial_takes_is_not_training_time(monkeypatch):
     t.micro_batch.tries_memory, queue = True, []
     monkeypatch.setattr(engine, "try_size", lambda *a: queue.append(0.4))
     monkeypatch.setattr(engine, "synchronize", lambda device: time.sleep(sum(queue)) or queue.clear())
-    row, = t.fit()
+    (row,) = t.fit()
     assert row["resize_seconds"] >= 0.4 and queue == []
 
 
@@ -121,6 +137,7 @@ def trial_of_two():
         def exchange(state, bucket):
             exchanged.append(1)
             return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
         t.step.net.register_comm_hook(None, exchange)
         t.step.net.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
         t.micro_batch.tries_memory = True
@@ -128,16 +145,26 @@ def trial_of_two():
         assert forwards == [16, 16] and exchanged == [], (forwards, exchanged)
 
 
-def test_the_trial_of_several_processes_exchanges_nothing(): together(2, trial_of_two)
+def test_the_trial_of_several_processes_exchanges_nothing():
+    together(2, trial_of_two)
 
 
-@pytest.mark.parametrize("message", ["GET was unable to find an engine to execute this computation", "CUDNN_STATUS_ALLOC_FAILED",
-                                     "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "MPS backend out of memory (MPS allocated: 9 GB)"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+    ],
+)
 def test_memory_errors_of_all_kinds_halve_the_batch(message):
     class Cramped(Watched):
         def forward(self, x):
-            if self.training and len(x) > 10: raise RuntimeError(message)
+            if self.training and len(x) > 10:
+                raise RuntimeError(message)
             return self.net(x)
+
     t = trainer(GROWING, Cramped())
     t.micro_batch.tries_memory = True
     assert [row["micro_batch"] for row in t.fit()] == [8, 8]
@@ -146,13 +173,17 @@ def test_memory_errors_of_all_kinds_halve_the_batch(message):
 def test_what_is_no_lack_of_memory_is_raised_and_one_sample_raises_the_original():
     class Broken(Watched):
         error = "mat1 and mat2 shapes cannot be multiplied"
+
         def forward(self, x):
-            if self.training: raise RuntimeError(self.error)
+            if self.training:
+                raise RuntimeError(self.error)
             return self.net(x)
+
     for text, kind in (("mat1 and mat2", RuntimeError), ("out of memory", MemoryError)):
         t = trainer(GROWING, Broken())
         t.model.error, t.micro_batch.tries_memory = text, True
-        with pytest.raises(kind) as raised: t.fit()
+        with pytest.raises(kind) as raised:
+            t.fit()
         assert text in str(raised.value)
 
 
@@ -168,29 +199,33 @@ def test_a_batch_that_did_not_fit_is_not_kept_during_the_next_try():
                 kept.append(weakref.ref(hidden))
                 raise torch.OutOfMemoryError("injected")
             return self.net(x)
+
     t = trainer(GROWING, Cramped())
     t.micro_batch.tries_memory = True
     t.prepare()
     assert len(kept) == 2  # 32, 16; the next stage begins with the limit found
 
 
-# --- settings of the device (8) --------------------------------------------------------------------------------------------
+# --- settings of the device (8)
+
 
 @pytest.fixture
 def backends():
     both = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [b.allow_tf32 for b in both]
     yield both
-    for b, value in zip(both, before): b.allow_tf32 = value
+    for b, value in zip(both, before):
+        b.allow_tf32 = value
 
 
 def test_tf32_is_set_while_training_only(backends):
     for before in (True, False):
-        for b in backends: b.allow_tf32 = before
+        for b in backends:
+            b.allow_tf32 = before
         for precision, expected in (("fp32", False), ("tf32", True)):
             t, seen = trainer(fixed(64, lr=0.02, epochs=1), precision=precision), []
             assert [b.allow_tf32 for b in backends] == [before] * 2  # construction sets nothing
-            t.fit(on_update=lambda *_: seen.append([b.allow_tf32 for b in backends]))
+            t.fit(on_update=lambda *_, seen=seen: seen.append([b.allow_tf32 for b in backends]))
             assert seen == [[expected] * 2] * 2 and [b.allow_tf32 for b in backends] == [before] * 2
 
 
@@ -198,9 +233,15 @@ def test_the_clock_reads_the_trainers_own_device(monkeypatch):
     asked, device = [], torch.device("cuda", 1)
 
     class Event:
-        def __init__(self, enable_timing): pass
-        def record(self, stream): asked.append(stream)
-        def elapsed_time(self, other): return 2000.0
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self, stream):
+            asked.append(stream)
+
+        def elapsed_time(self, other):
+            return 2000.0
+
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d=None: ("stream", d))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda d=None: asked.append(("waited", d)))
@@ -230,12 +271,14 @@ def test_mps_is_waited_for_before_the_clock_is_read(monkeypatch):
     assert clock.read()[1] >= 0.05
 
 
-# --- a second signal (8) ---------------------------------------------------------------------------------------------------
+# --- a second signal (8)
+
 
 def hang():
-    with engine.deferred_signals() as received:
+    with engine.deferred_signals():
         print("ready", flush=True)
-        while True: time.sleep(0.05)
+        while True:
+            time.sleep(0.05)
 
 
 def test_a_second_signal_ends_a_hung_update():

@@ -1,5 +1,6 @@
 """The site of `make docs`, built afresh: links, formulas and search work, nothing is loaded from another machine,
 and no page scrolls sideways on a phone."""
+
 import functools
 import html.parser
 import http.server
@@ -17,9 +18,18 @@ import pytest
 TOP = Path(__file__).parents[1]
 TOOLS = TOP / "_docs/.venv/bin/python"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-         "--disable-dev-shm-usage", "--remote-debugging-port=0"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-port=0",
+]
 PHONE = 390  # width of a phone in CSS pixels
 SEARCH = "/search.html?q=milestone"
 
@@ -76,9 +86,12 @@ class Page(html.parser.HTMLParser):
     def handle_starttag(self, tag, attributes):
         found = dict(attributes)
         self.ids |= {found[k] for k in ("id", "name") if found.get(k)}
-        if tag == "a" and "href" in found: self.links.append(found["href"])
-        if tag == "link" and found.get("rel") not in ("canonical", "author"): self.loaded.append(found["href"])
-        if tag != "a" and found.get("src"): self.loaded.append(found["src"])
+        if tag == "a" and "href" in found:
+            self.links.append(found["href"])
+        if tag == "link" and found.get("rel") not in ("canonical", "author"):
+            self.loaded.append(found["href"])
+        if tag != "a" and found.get("src"):
+            self.loaded.append(found["src"])
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +125,14 @@ def test_links_lead_somewhere(pages):
     dead = []
     for path, page in pages.items():
         for link in page.links + page.loaded:
-            if re.match(r"(https?:)?//|mailto:|data:", link): continue
+            if re.match(r"(https?:)?//|mailto:|data:", link):
+                continue
             address, anchor = urldefrag(link)
             target = (path.parent / unquote(address.split("?")[0])).resolve() if address else path
-            if not target.is_file(): dead.append((path.name, link))
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: dead.append((path.name, link))
+            if not target.is_file():
+                dead.append((path.name, link))
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
+                dead.append((path.name, link))
     assert not dead
 
 
@@ -154,7 +170,8 @@ class Server(http.server.SimpleHTTPRequestHandler):
     "Serves the site, and receives what the browser saw."
 
     def do_GET(self):
-        if self.path != "/visit": return super().do_GET()
+        if self.path != "/visit":
+            return super().do_GET()
         self.send_response(200)
         self.send_header("Content-Type", "text/html")
         self.end_headers()
@@ -165,22 +182,28 @@ class Server(http.server.SimpleHTTPRequestHandler):
         self.send_response(204)
         self.end_headers()
 
-    def log_message(self, *args): pass
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture(scope="module")
 def seen(site, pages, tmp_path_factory):
     "What Chromium saw on every page."
-    if CHROMIUM is None: pytest.skip("needs chromium")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Server, directory=site))
     addresses = [f"/{path.relative_to(site).as_posix()}" for path in pages] + [SEARCH]
     server.visit = VISIT.replace("WIDTH", str(PHONE)).replace("PAGES", json.dumps(addresses))
     server.seen, server.origin = queue.Queue(), f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     profile = tmp_path_factory.mktemp("profile")
-    browser = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"{server.origin}/visit"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try: result = server.seen.get(timeout=300)
+    browser = subprocess.Popen(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"{server.origin}/visit"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        result = server.seen.get(timeout=300)
     finally:
         browser.terminate()
         browser.wait(30)

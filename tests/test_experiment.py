@@ -1,6 +1,4 @@
-import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,64 +23,89 @@ def settings(options):
     return [part for n, v in options.items() for part in (f"--{n}", str(v))]
 
 
-@pytest.mark.parametrize("options, line", [
-    (dict(model="lenet"), "unknown model 'lenet': choose from alexnet"),
-    (dict(dataset="mnist"), "unknown data set 'mnist'"),
-    (dict(schedule="cosine"), "unknown schedule 'cosine': choose from adabatch, fixed"),
-    (dict(batch_size=0), "batch_size must be at least 1, not 0"),
-    (dict(batch_size=-16), "batch_size must be at least 1, not -16"),
-    (dict(batch_size=2048, max_batch_size=4096), "batch size 2,048 is larger than the training set of 1,437"),
-    (dict(batch_size=32, max_batch_size=16), r"max_batch_size \(16\) is below batch_size \(32\)"),
-    (dict(batch_size=16, max_batch_size=48), "times a power of growth"),
-    (dict(epochs=0), "epochs must be at least 1"),
-    (dict(every=-1), "every must be at least 1"),
-    (dict(lr=-0.1), "lr must be positive and finite"),
-    (dict(seed=-1), "seed must be finite and not negative"),
-    (dict(micro_batch=0), "micro_batch must be at least 1"),
-    (dict(processes=0), "processes must be at least 1"),
-    (dict(device="cuda:7"), "device cuda:7 is not there"),
-    (dict(dataset="cifar100", data_dir="nowhere"), "cifar100 is not in nowhere/ and could not be downloaded"),
-])
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (dict(model="lenet"), "unknown model 'lenet': choose from alexnet"),
+        (dict(dataset="mnist"), "unknown data set 'mnist'"),
+        (dict(schedule="cosine"), "unknown schedule 'cosine': choose from adabatch, fixed"),
+        (dict(batch_size=0), "batch_size must be at least 1, not 0"),
+        (dict(batch_size=-16), "batch_size must be at least 1, not -16"),
+        (dict(batch_size=2048, max_batch_size=4096), "batch size 2,048 is larger than the training set of 1,437"),
+        (dict(batch_size=32, max_batch_size=16), r"max_batch_size \(16\) is below batch_size \(32\)"),
+        (dict(batch_size=16, max_batch_size=48), "times a power of growth"),
+        (dict(epochs=0), "epochs must be at least 1"),
+        (dict(every=-1), "every must be at least 1"),
+        (dict(lr=-0.1), "lr must be positive and finite"),
+        (dict(seed=-1), "seed must be finite and not negative"),
+        (dict(micro_batch=0), "micro_batch must be at least 1"),
+        (dict(processes=0), "processes must be at least 1"),
+        (dict(device="cuda:7"), "device cuda:7 is not there"),
+        (dict(dataset="cifar100", data_dir="nowhere"), "cifar100 is not in nowhere/ and could not be downloaded"),
+    ],
+)
 def test_bad_input_is_one_line_and_writes_nothing(options, line, tmp_path, monkeypatch, capsys):
-    def download(*args, **kwargs): raise OSError("no network")
+    def download(*args, **kwargs):
+        raise OSError("no network")
+
     monkeypatch.setattr("torchvision.datasets.CIFAR100", download)
     monkeypatch.chdir(tmp_path)
     assert main(settings(options)) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    with pytest.raises((ValueError, TypeError), match=line): run(Experiment(**options))
+    with pytest.raises((ValueError, TypeError), match=line):
+        run(Experiment(**options))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_types_and_unknown_names(capsys):
     for options in (["--epochs", "ten"], ["--epohcs", "3"], ["--drop_last", "maybe"]):
-        with pytest.raises(SystemExit): main(options)
+        with pytest.raises(SystemExit):
+            main(options)
         assert "error: " in capsys.readouterr().err
-    with pytest.raises(TypeError, match="epochs must be int or None, not 2.5"): resolve(Experiment(epochs=2.5))
-    with pytest.raises(ValueError, match="unknown parameter 'modle': did you mean 'model'"): from_notebook({"modle": 1}, ["# Parameters\nmodle = 1"])
+    with pytest.raises(TypeError, match="epochs must be int or None, not 2.5"):
+        resolve(Experiment(epochs=2.5))
+    with pytest.raises(ValueError, match="unknown parameter 'modle': did you mean 'model'"):
+        from_notebook({"modle": 1}, ["# Parameters\nmodle = 1"])
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, quick):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="output folder .* cannot be written"): run(Experiment(output_dir=str(tmp_path / "file"), **SHORT))
+    with pytest.raises(OSError, match="output folder .* cannot be written"):
+        run(Experiment(output_dir=str(tmp_path / "file"), **SHORT))
 
 
 def test_one_definition(tmp_path):
-    e = resolve(Experiment(model="vgg19_bn", dataset="cifar10", schedule="fixed", drop_last=False, processes=3, output_dir=str(tmp_path), device="cpu"))
+    e = resolve(
+        Experiment(
+            model="vgg19_bn",
+            dataset="cifar10",
+            schedule="fixed",
+            drop_last=False,
+            processes=3,
+            output_dir=str(tmp_path),
+            device="cpu",
+        )
+    )
     parser = experiment.argparse.ArgumentParser()
     experiment.add_options(parser)
     assert resolve(Experiment(**vars(parser.parse_args(arguments(e.experiment))))) == e
     notebook = json.loads(Path("nbs/run.ipynb").read_text())
-    cell, = ("".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    (cell,) = ("".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     exec(cell, names := {})
     assert from_notebook(names, [cell]) == Experiment() and {n for n in names if n != "__builtins__"} == set(FIELDS)
 
 
 def test_names_of_arms():
-    def name(**options): return resolve(Experiment(**dict(model="resnet20", dataset="cifar100", device="cpu") | options)).arm
+    def name(**options):
+        return resolve(Experiment(**dict(model="resnet20", dataset="cifar100", device="cpu") | options)).arm
+
     assert name() == "adabatch-128-2048" and name(schedule="fixed") == "fixed-128"
     assert name(micro_batch=64) == "adabatch-128-2048-accum64" and name(processes=3) == "adabatch-128-2048-x3"
-    assert name(batch_size=1024, max_batch_size=16384, lr=0.1, lr_decay=0.5, warmup_epochs=5) == "adabatch-1024-16384-lr0.1-decay0.5-warmup5"
+    assert (
+        name(batch_size=1024, max_batch_size=16384, lr=0.1, lr_decay=0.5, warmup_epochs=5)
+        == "adabatch-1024-16384-lr0.1-decay0.5-warmup5"
+    )
     assert name(epochs=20, every=4) == "adabatch-128-2048-epochs20-every4"
 
 
@@ -93,11 +116,13 @@ def test_a_run_is_made_once(tmp_path, quick):
     before = path.stat().st_mtime_ns
     assert record.differences(made, run(e)) == [] and path.stat().st_mtime_ns == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    with pytest.raises(ValueError, match="was made with other settings .momentum 0.9.*overwrite"): run(replace(e, momentum=0.5))
+    with pytest.raises(ValueError, match="was made with other settings .momentum 0.9.*overwrite"):
+        run(replace(e, momentum=0.5))
     assert record.differences(made, run(replace(e, momentum=0.5, overwrite=True))) != []
     assert record.differences(made, run(replace(e, overwrite=True))) == []  # the same seed, the same run
     path.write_bytes(b"torn")
-    with pytest.raises(ValueError, match="is damaged or no record.*delete it"): run(e)
+    with pytest.raises(ValueError, match="is damaged or no record.*delete it"):
+        run(e)
 
 
 def test_a_run_that_diverges_is_recorded(tmp_path, quick):
@@ -107,10 +132,14 @@ def test_a_run_that_diverges_is_recorded(tmp_path, quick):
 
 def interrupted(e, at=(1, 5)):
     "Make a run in this process, and be stopped."
+
     class Stop(train.Silent):
         def on_update(self, epoch, update, updates):
-            if (epoch, update) == at: signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(Interrupted): run(e, Stop())
+            if (epoch, update) == at:
+                signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        run(e, Stop())
 
 
 def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quick, capsys):
@@ -125,7 +154,8 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
     assert pure.micro_batch.tolist() == [7, 7] and pure.as_configured
     assert record.differences(run(e), whole) == []  # the interrupted run itself has lost nothing
     interrupted(replace(e, seed=1))
-    with pytest.raises(ValueError, match="belongs to another experiment .other momentum"): run(replace(e, seed=1, momentum=0.5))
+    with pytest.raises(ValueError, match="belongs to another experiment .other momentum"):
+        run(replace(e, seed=1, momentum=0.5))
 
 
 def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path, quick, capsys):
@@ -153,7 +183,8 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
         clock[0] += 2
         progress.on_update(1, update, 90)
     progress.on_epoch(row)
-    for update in range(1, 91): progress.on_update(9, update, 90)
+    for update in range(1, 91):
+        progress.on_update(9, update, 90)
     progress.on_epoch(row)
     lines = capsys.readouterr().out.splitlines()
     minutes = [line.split()[-1] for line in lines[:3]]
@@ -162,11 +193,14 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
 
 
 def test_help_names_the_values_of_the_recipes(capsys):
-    with pytest.raises(SystemExit): main(["--help"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
     out = capsys.readouterr().out
     for (data, model), values in experiment.RECIPES.items():
-        line, = (line.split() for line in out.splitlines() if line.split()[:2] == [data, model])
-        assert line[2:] == [str(values[n]) for n in ("batch_size", "max_batch_size", "epochs", "every", "lr", "decay", "weight_decay")]
+        (line,) = (line.split() for line in out.splitlines() if line.split()[:2] == [data, model])
+        assert line[2:] == [
+            str(values[n]) for n in ("batch_size", "max_batch_size", "epochs", "every", "lr", "decay", "weight_decay")
+        ]
 
 
 def hold(path):
@@ -178,12 +212,16 @@ def hold(path):
 def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
     e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
     holder = start(hold, str(e.path))
-    while not Path(f"{e.path}.held").exists(): assert holder.is_alive(); time.sleep(0.01)
+    while not Path(f"{e.path}.held").exists():
+        assert holder.is_alive()
+        time.sleep(0.01)
     assert state(e) == "running"
-    with pytest.raises(ValueError, match="is being made by another process"): run(e)
+    with pytest.raises(ValueError, match="is being made by another process"):
+        run(e)
     sweep = Sweep([e], "process")
     assert sweep.run() == [] and "left to the process that is making it" in capsys.readouterr().out
-    holder.kill(); holder.join()
+    holder.kill()
+    holder.join()
     assert state(e) == "to do" and run(e).epochs == 2
 
 
@@ -192,18 +230,40 @@ def test_the_paper_grid_is_what_the_paper_and_the_t4_reproduction_ran(capsys):
     lines = capsys.readouterr().out.splitlines()
     runs = {line.split()[0].removeprefix("outputs/").removesuffix("-seed0.npz") for line in lines[:-1]}
     small_and_large = {"vgg19bn": (128, 2048), "resnet20": (128, 2048), "alexnet": (256, 4096)}
-    expected = {f"{d}/{m}/{a}" for d in ("cifar10", "cifar100") for m, (s, l) in small_and_large.items() for a in (f"fixed-{s}", f"fixed-{l}", f"adabatch-{s}-{l}")}
+    expected = {
+        f"{d}/{m}/{a}"
+        for d in ("cifar10", "cifar100")
+        for m, (s, l) in small_and_large.items()
+        for a in (f"fixed-{s}", f"fixed-{l}", f"adabatch-{s}-{l}")
+    }
     expected |= {f"cifar100/{m}/adabatch-{s}-{l}-accum64" for m, (s, l) in small_and_large.items()}
-    expected |= {f"cifar100/{m}/{a}" for m in ("vgg19bn", "resnet20") for a in (
-        "fixed-128-lr0.1-decay0.25-x4", "adabatch-128-2048-lr0.1-decay0.5-x4", "adabatch-1024-16384-lr0.1-decay0.5-warmup5-x4", "fixed-2048-warmup5")}
+    expected |= {
+        f"cifar100/{m}/{a}"
+        for m in ("vgg19bn", "resnet20")
+        for a in (
+            "fixed-128-lr0.1-decay0.25-x4",
+            "adabatch-128-2048-lr0.1-decay0.5-x4",
+            "adabatch-1024-16384-lr0.1-decay0.5-warmup5-x4",
+            "fixed-2048-warmup5",
+        )
+    }
     assert runs == expected and lines[-1].startswith("29 runs")
     assert len(select("paper", seeds=5, dataset="cifar100", device="cpu")) == 5 * 20
     for option in ("--seeds", "--jobs"):
-        assert sweep.main(["--grid", "digits", option, "0"]) == 2 and f"{option[2:]} must be at least 1, not 0" in capsys.readouterr().err
+        assert (
+            sweep.main(["--grid", "digits", option, "0"]) == 2
+            and f"{option[2:]} must be at least 1, not 0" in capsys.readouterr().err
+        )
 
 
 def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, capsys):
-    good, bad = ([e] for e in (Experiment("alexnet", seed=1, output_dir=str(tmp_path), **SHORT), Experiment("alexnet", batch_size=1500, max_batch_size=1500, output_dir=str(tmp_path), device="cpu")))
+    good, bad = (
+        [e]
+        for e in (
+            Experiment("alexnet", seed=1, output_dir=str(tmp_path), **SHORT),
+            Experiment("alexnet", batch_size=1500, max_batch_size=1500, output_dir=str(tmp_path), device="cpu"),
+        )
+    )
     runs = [resolve(e) for e in bad + good]
     sweep = Sweep(runs, "process")
     assert sweep.table().endswith("2 runs, 2 left to do")
@@ -215,8 +275,29 @@ def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, c
 
 def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
     def papermill(*parameters):
-        return subprocess.run([sys.executable, "-m", "papermill", "nbs/run.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "output_dir", str(tmp_path),
-                               "-p", "epochs", "2", "-p", "every", "1", *parameters], capture_output=True, text=True)
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "papermill",
+                "nbs/run.ipynb",
+                str(tmp_path / "out.ipynb"),
+                "--no-progress-bar",
+                "-p",
+                "output_dir",
+                str(tmp_path),
+                "-p",
+                "epochs",
+                "2",
+                "-p",
+                "every",
+                "1",
+                *parameters,
+            ],
+            capture_output=True,
+            text=True,
+        )
+
     wrong = papermill("-p", "epohcs", "3")
     assert wrong.returncode and "unknown parameter 'epohcs': did you mean 'epochs'?" in wrong.stderr
     assert not (tmp_path / "digits").exists()
@@ -224,9 +305,16 @@ def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
     assert record.load(tmp_path / "digits/alexnet/adabatch-16-32-epochs2-every1-seed0.npz").epochs == 2
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     output = json.dumps([c.get("outputs") for c in cells])
-    assert output.count("image/png") == 3 and "complete: test error" in output and not any(o.get("name") == "stderr" for c in cells for o in c.get("outputs", []))
+    assert (
+        output.count("image/png") == 3
+        and "complete: test error" in output
+        and not any(o.get("name") == "stderr" for c in cells for o in c.get("outputs", []))
+    )
     assert "is there already and is loaded" not in output
-    assert papermill("-p", "max_batch_size", "32").returncode == 0 and "is there already and is loaded" in (tmp_path / "out.ipynb").read_text()
+    assert (
+        papermill("-p", "max_batch_size", "32").returncode == 0
+        and "is there already and is loaded" in (tmp_path / "out.ipynb").read_text()
+    )
 
 
 def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkeypatch):
@@ -235,11 +323,19 @@ def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkey
 
     def slice_of(name, data_dir, device):
         data = whole(name, data_dir, device)
-        data.crops, data.train_size, data.test, data.test_size = data.crops[::10], 5000, [t[::10] for t in data.test], 1000
+        data.crops, data.train_size, data.test, data.test_size = (
+            data.crops[::10],
+            5000,
+            [t[::10] for t in data.test],
+            1000,
+        )
         data.labels = data.labels[::10]
         return data
+
     monkeypatch.setattr(train, "load_data", slice_of)
-    e = Experiment(dataset="cifar10", data_dir=cifar10, batch_size=64, max_batch_size=128, lr=0.02, epochs=4, every=2, device="cpu")
+    e = Experiment(
+        dataset="cifar10", data_dir=cifar10, batch_size=64, max_batch_size=128, lr=0.02, epochs=4, every=2, device="cpu"
+    )
     first, second = (run(replace(e, output_dir=str(tmp_path / k))) for k in "ab")
     assert record.differences(first, second) == []
     assert first.test_error[-1] < 80 and first.train_loss[-1] < first.train_loss[0] - 0.2

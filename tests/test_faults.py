@@ -1,4 +1,5 @@
 """Faults from outside: what is killed, taken away, full or set otherwise leaves a whole record or one clear line."""
+
 import os
 import pickle
 import random
@@ -22,14 +23,34 @@ from adabatch.experiment import Experiment, resolve
 from adabatch.files import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from adabatch.train import Progress, evaluate_weights, run, weights_path
 
-LONG = ["--epochs", "500", "--every", "100", "--batch_size", "64", "--max_batch_size", "64", "--device", "cpu", "--checkpoint_minutes", "0"]
+LONG = [
+    "--epochs",
+    "500",
+    "--every",
+    "100",
+    "--batch_size",
+    "64",
+    "--max_batch_size",
+    "64",
+    "--device",
+    "cpu",
+    "--checkpoint_minutes",
+    "0",
+]
 
 
 def launched(folder, *options):
     "A launcher of two processes, in a session of its own, and the path of its checkpoint."
     name = "digits/alexnet/adabatch-64-64-epochs500-every100-x2-seed0.pt"
     command = [sys.executable, "-m", "adabatch.train", *LONG, "--processes", "2", "--output_dir", str(folder), *options]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     return child, Path(folder, name)
 
 
@@ -37,9 +58,12 @@ def using(folder):
     "The processes whose command line names the folder."
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try: words = path.read_bytes()
-        except OSError: continue
-        if str(folder).encode() in words and int(path.parent.name) != os.getpid(): found.append(int(path.parent.name))
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in words and int(path.parent.name) != os.getpid():
+            found.append(int(path.parent.name))
     return found
 
 
@@ -47,7 +71,8 @@ def end_within(folder, seconds):
     begin = time.monotonic()
     while using(folder):
         if time.monotonic() - begin > seconds:
-            for pid in using(folder): os.kill(pid, signal.SIGKILL)
+            for pid in using(folder):
+                os.kill(pid, signal.SIGKILL)
             pytest.fail(f"still running {seconds} s later")
         time.sleep(0.1)
     return time.monotonic() - begin
@@ -71,7 +96,7 @@ def test_a_launcher_that_is_killed_takes_its_processes_along_and_loses_little(tm
 def test_processes_end_when_torchrun_is_killed(tmp_path):
     child, checkpoint = launched(tmp_path)
     wait_for(checkpoint, child)
-    torchrun, = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    (torchrun,) = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     os.kill(int(torchrun), signal.SIGKILL)
     output = child.communicate(timeout=90)[0]
     assert child.returncode == 1 and "failed with exit code -9" in output
@@ -82,11 +107,13 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_second_interrupt_ends_at_once(tmp_path, processes):
     child, checkpoint = launched(tmp_path, "--processes", str(processes))
-    if processes == 1: checkpoint = Path(str(checkpoint).replace("-x2", ""))
+    if processes == 1:
+        checkpoint = Path(str(checkpoint).replace("-x2", ""))
     wait_for(checkpoint, child)
     child.send_signal(signal.SIGINT)
     time.sleep(1.2)
-    if child.poll() is None: child.send_signal(signal.SIGINT)
+    if child.poll() is None:
+        child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     assert child.returncode not in (0, None)
     end_within(tmp_path, 60)
@@ -96,37 +123,76 @@ def test_a_second_interrupt_ends_at_once(tmp_path, processes):
 @needs_proc
 def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
     parameters = [part for n, v in zip(LONG[::2], LONG[1::2]) for part in ("-p", n[2:], v)]
-    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", str(tmp_path / "out.ipynb"), "--no-progress-bar", *parameters,
-               "-p", "processes", "2", "-p", "output_dir", str(tmp_path)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "nbs/run.ipynb",
+        str(tmp_path / "out.ipynb"),
+        "--no-progress-bar",
+        *parameters,
+        "-p",
+        "processes",
+        "2",
+        "-p",
+        "output_dir",
+        str(tmp_path),
+    ]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     wait_for(tmp_path / "digits/alexnet/adabatch-64-64-epochs500-every100-x2-seed0.pt", child)
-    kernels = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-               if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    for pid in kernels: os.kill(pid, signal.SIGKILL)
+    kernels = [
+        int(pid)
+        for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        if b"ipykernel" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    for pid in kernels:
+        os.kill(pid, signal.SIGKILL)
     assert len(kernels) == 1 and "Kernel died" in child.communicate(timeout=120)[0] and child.returncode
     end_within(tmp_path, 60)
 
 
 def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_micro_batch(tmp_path):
-    short = ["--epochs", "2", "--every", "1", "--checkpoint_minutes", "0", "--batch_size", "64", "--max_batch_size", "128", "--device", "cpu"]
+    short = [
+        "--epochs",
+        "2",
+        "--every",
+        "1",
+        "--checkpoint_minutes",
+        "0",
+        "--batch_size",
+        "64",
+        "--max_batch_size",
+        "128",
+        "--device",
+        "cpu",
+    ]
     base = Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", checkpoint_minutes=0)
     whole = run(replace(base, output_dir=str(tmp_path / "whole")))
     rng = random.Random(1)
     for k, change in enumerate((dict(processes=1), dict(processes=1, micro_batch=24))):
         folder = tmp_path / str(k)
         command = [sys.executable, "-m", "adabatch.train", *short, "--processes", "2", "--output_dir", str(folder)]
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
         wait_for(folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt", child)
         time.sleep(rng.uniform(0, 0.5))
         for pid in {child.pid, *using(folder)}:  # as when the power goes
-            try: os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError: pass
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
         child.wait()
         end_within(folder, 30)
         again = run(replace(base, output_dir=str(folder), **change))
         assert again.environment["restarts"] >= 1
-        for name in ("lr", "batch_size", "updates", "samples", "left_out"): assert np.array_equal(again.arrays[name], whole.arrays[name])
-        assert np.allclose(again.train_loss, whole.train_loss, rtol=1e-3) and np.allclose(again.test_loss, whole.test_loss, rtol=1e-2)
+        for name in ("lr", "batch_size", "updates", "samples", "left_out"):
+            assert np.array_equal(again.arrays[name], whole.arrays[name])
+        assert np.allclose(again.train_loss, whole.train_loss, rtol=1e-3) and np.allclose(
+            again.test_loss, whole.test_loss, rtol=1e-2
+        )
 
 
 @pytest.fixture
@@ -134,21 +200,32 @@ def small_disk(tmp_path):
     "A file system of 3 MB."
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode == 0
-    if not mounted: pytest.skip("no file system of a chosen size can be mounted here")
+    mounted = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True).returncode
+        == 0
+    )
+    if not mounted:
+        pytest.skip("no file system of a chosen size can be mounted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_is_full_in_the_middle(small_disk, quick):
-    e = Experiment(epochs=3, every=1, max_batch_size=64, device="cpu", checkpoint_minutes=0, output_dir=str(small_disk / "out"))
+    e = Experiment(
+        epochs=3, every=1, max_batch_size=64, device="cpu", checkpoint_minutes=0, output_dir=str(small_disk / "out")
+    )
 
     class Fill(train.Silent):
         def on_update(self, epoch, update, updates):
-            if (epoch, update) != (1, 10): return
+            if (epoch, update) != (1, 10):
+                return
             with pytest.raises(OSError), open(small_disk / "other", "wb") as f:
-                while True: f.write(bytes(1 << 16)); f.flush()
-    with pytest.raises(OSError, match=r"\.pt could not be written .*; the last good checkpoint is still there") as full: run(e, Fill())
+                while True:
+                    f.write(bytes(1 << 16))
+                    f.flush()
+
+    with pytest.raises(OSError, match=r"\.pt could not be written .*; the last good checkpoint is still there") as full:
+        run(e, Fill())
     assert "\n" not in str(full.value)
     kept = load_checkpoint(train.checkpoint_path(resolve(e)))
     assert (kept["epoch"], kept["update"]) == (1, 9)
@@ -157,12 +234,19 @@ def test_a_disk_that_is_full_in_the_middle(small_disk, quick):
 
 
 def test_an_output_folder_that_is_removed_under_a_run(tmp_path, quick):
-    e = Experiment(epochs=3, every=1, max_batch_size=64, device="cpu", checkpoint_minutes=0, output_dir=str(tmp_path / "out"))
+    e = Experiment(
+        epochs=3, every=1, max_batch_size=64, device="cpu", checkpoint_minutes=0, output_dir=str(tmp_path / "out")
+    )
 
     class Remove(train.Silent):
         def on_update(self, epoch, update, updates):
-            if (epoch, update) == (1, 10): shutil.rmtree(tmp_path / "out")
-    with pytest.raises(OSError, match=r"\.pt could not be written \(No such file or directory\); there is no checkpoint") as gone: run(e, Remove())
+            if (epoch, update) == (1, 10):
+                shutil.rmtree(tmp_path / "out")
+
+    with pytest.raises(
+        OSError, match=r"\.pt could not be written \(No such file or directory\); there is no checkpoint"
+    ) as gone:
+        run(e, Remove())
     assert "\n" not in str(gone.value) and not (tmp_path / "out").exists()
     assert run(e).environment["restarts"] == 0
 
@@ -170,7 +254,8 @@ def test_an_output_folder_that_is_removed_under_a_run(tmp_path, quick):
 def test_two_processes_that_make_the_same_run_make_one_record(tmp_path):
     whole = finished(tmp_path / "whole")
     children = [start(make, tmp_path / "both") for _ in range(2)]
-    for child in children: child.join(90)
+    for child in children:
+        child.join(90)
     codes = sorted(child.exitcode for child in children)
     assert codes in ([0, 0], [0, 1])  # the second one is refused, or finds the record
     path = resolve(replace(RUN, output_dir=str(tmp_path / "both"))).path
@@ -182,17 +267,40 @@ def test_a_folder_that_may_only_be_read(tmp_path, quick):
     folder.mkdir(mode=0o555)
     e = Experiment(epochs=2, every=1, max_batch_size=32, device="cpu", output_dir=str(folder))
     if os.access(folder, os.W_OK):  # root may write anywhere but where the file system is read-only
-        if subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True).returncode: pytest.skip("root, and nothing can be mounted")
+        if subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True).returncode:
+            pytest.skip("root, and nothing can be mounted")
     try:
-        with pytest.raises(OSError, match="output folder .* cannot be written") as refused: run(e)
+        with pytest.raises(OSError, match="output folder .* cannot be written") as refused:
+            run(e)
         assert "\n" not in str(refused.value) and list(folder.iterdir()) == []
-    finally: subprocess.run(["umount", str(folder)], capture_output=True)
+    finally:
+        subprocess.run(["umount", str(folder)], capture_output=True)
 
 
 def test_no_home_no_language_another_folder(tmp_path):
     environment = {n: v for n, v in os.environ.items() if n not in ("HOME", "LANGUAGE") and not n.startswith("LC_")}
-    environment |= {"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "adabatch.train", "--epochs", "1", "--every", "1", "--device", "cpu", "--output_dir", "näher", "--processes", "2"]
+    environment |= {
+        "LANG": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONPATH": str(Path.cwd()),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "adabatch.train",
+        "--epochs",
+        "1",
+        "--every",
+        "1",
+        "--device",
+        "cpu",
+        "--output_dir",
+        "näher",
+        "--processes",
+        "2",
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=200)
     assert done.returncode == 0 and done.stderr == b"" and b"complete: test error" in done.stdout, done
     assert sorted(p.suffix for p in (tmp_path / "näher/digits/alexnet").iterdir()) == [".npz", ".pt"], done
@@ -206,13 +314,20 @@ def test_a_clock_that_is_set_back(tmp_path, quick, monkeypatch, capsys):
     r = resolve(replace(e, output_dir=str(tmp_path / "back")))
     back = run(r, Progress(r))
     assert record.differences(whole, back) == []
-    assert all((back.arrays[name] >= 0).all() for name in record.CLOCKS) and "-" not in capsys.readouterr().out.split("test error")[1]
+    assert (
+        all((back.arrays[name] >= 0).all() for name in record.CLOCKS)
+        and "-" not in capsys.readouterr().out.split("test error")[1]
+    )
 
 
 class Runs:
     "Would make a file if it were unpickled."
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def test_no_code_in_a_file_is_run_and_the_file_is_named(tmp_path, quick):
@@ -221,14 +336,23 @@ def test_no_code_in_a_file_is_run_and_the_file_is_named(tmp_path, quick):
     trap = tmp_path / "trap"
     for write in (lambda p: torch.save({"weight": Runs(trap)}, p), lambda p: p.write_bytes(pickle.dumps(Runs(trap)))):
         write(weights_path(e))
-        with pytest.raises(ValueError, match="seed0.weights.pt is damaged, or holds no weights"): evaluate_weights(e)
+        with pytest.raises(ValueError, match="seed0.weights.pt is damaged, or holds no weights"):
+            evaluate_weights(e)
         e.path.unlink(missing_ok=True)
         write(train.checkpoint_path(e))
-        with pytest.raises(ValueError, match="seed0.pt: damaged; remove to begin this run anew"): run(e)
+        with pytest.raises(ValueError, match="seed0.pt: damaged; remove to begin this run anew"):
+            run(e)
         train.checkpoint_path(e).unlink()
-    arrays = {n: np.zeros(1, np.int64 if n in record.COUNTS else float) for n in (*record.COUNTS, *record.MEASURES, *record.CLOCKS)}
-    np.savez(e.path, **arrays | {"lr": np.array([Runs(trap)], object), "config": "{}", "environment": "{}", "status": "complete"})
-    with pytest.raises(ValueError, match="seed0.npz is damaged or no record"): run(e)
+    arrays = {
+        n: np.zeros(1, np.int64 if n in record.COUNTS else float)
+        for n in (*record.COUNTS, *record.MEASURES, *record.CLOCKS)
+    }
+    np.savez(
+        e.path,
+        **arrays | {"lr": np.array([Runs(trap)], object), "config": "{}", "environment": "{}", "status": "complete"},
+    )
+    with pytest.raises(ValueError, match="seed0.npz is damaged or no record"):
+        run(e)
     assert not trap.exists()
 
 
@@ -240,14 +364,23 @@ def altered(path, rng):
 
 
 def equal(a, b):
-    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     return type(a) is type(b) and (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)
 
 
 def test_a_checkpoint_with_one_byte_changed_is_refused_or_the_one_before_is_used(tmp_path, capsys):
-    states = [{"update": k, "model": {"weight": torch.randn(50, generator=torch.Generator().manual_seed(k))}, "columns": ["lr"]} for k in (1, 2)]
+    states = [
+        {
+            "update": k,
+            "model": {"weight": torch.randn(50, generator=torch.Generator().manual_seed(k))},
+            "columns": ["lr"],
+        }
+        for k in (1, 2)
+    ]
     path, rng, seen = tmp_path / "run.pt", random.Random(0), []
-    for state in states: save_checkpoint(path, state)
+    for state in states:
+        save_checkpoint(path, state)
     older, newer = (tmp_path / name for name in ("run.pt.previous", "run.pt"))
     whole = newer.read_bytes()
     for _ in range(200):
@@ -261,8 +394,10 @@ def test_a_checkpoint_with_one_byte_changed_is_refused_or_the_one_before_is_used
     for _ in range(200):
         newer.write_bytes(whole)
         altered(newer, rng)
-        try: assert equal(load_checkpoint(path), states[1])  # a date in the zip's directory, say
-        except ValueError as error: seen.append(f"{newer}: damaged" in str(error))
+        try:
+            assert equal(load_checkpoint(path), states[1])  # a date in the zip's directory, say
+        except ValueError as error:
+            seen.append(f"{newer}: damaged" in str(error))
     assert seen.count(1) > 50 and False not in seen
 
 
@@ -273,7 +408,8 @@ def test_a_record_with_one_byte_changed_is_refused_by_name_or_the_same(tmp_path)
     for _ in range(200):
         path.write_bytes(whole)
         altered(path, rng)
-        try: found = record.load(path)
+        try:
+            found = record.load(path)
         except ValueError as error:
             refused += 1
             assert f"{path} is damaged or no record" in str(error) and "\n" not in str(error)
@@ -286,22 +422,29 @@ def test_a_record_with_one_byte_changed_is_refused_by_name_or_the_same(tmp_path)
 def test_weights_with_one_byte_changed_are_refused_by_name_or_the_same(tmp_path):
     path, rng, refused = tmp_path / "run.weights.pt", random.Random(0), 0
     weights = {"weight": torch.randn(500), "bias": torch.randn(10)}
-    with atomic_write(path) as f: torch.save(weights, f)
+    with atomic_write(path) as f:
+        torch.save(weights, f)
     whole = path.read_bytes()
     for _ in range(200):
         path.write_bytes(whole)
         altered(path, rng)
-        try: assert equal(load_weights(path), weights)
+        try:
+            assert equal(load_weights(path), weights)
         except ValueError as error:
             refused += 1
             assert f"{path} is damaged" in str(error) and "\n" not in str(error)
     assert refused > 50
 
 
-@pytest.mark.parametrize("weights", [{}, {"weight": torch.ones(3)}, [1], torch.ones(3), {"0.weight": "text"}], ids=["empty", "other", "list", "tensor", "text"])
+@pytest.mark.parametrize(
+    "weights",
+    [{}, {"weight": torch.ones(3)}, [1], torch.ones(3), {"0.weight": "text"}],
+    ids=["empty", "other", "list", "tensor", "text"],
+)
 def test_weights_of_another_network_are_refused(tmp_path, weights, quick):
     e = resolve(Experiment(device="cpu", output_dir=str(tmp_path)))
     weights_path(e).parent.mkdir(parents=True)
     torch.save(weights, weights_path(e))
-    with pytest.raises(ValueError, match="seed0.weights.pt holds weights of another network") as refused: evaluate_weights(e)
+    with pytest.raises(ValueError, match="seed0.weights.pt holds weights of another network") as refused:
+        evaluate_weights(e)
     assert "\n" not in str(refused.value)

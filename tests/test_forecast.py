@@ -1,4 +1,5 @@
-"""The arithmetic of a prediction, what is measured, and that the benchmark's baseline does the work it is compared for."""
+"""The arithmetic of a prediction, what is measured, and that the benchmark's baseline does the same work."""
+
 import json
 import math
 import types
@@ -46,6 +47,7 @@ def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monk
     def counted(samples, *rest):
         trained.append(samples)
         update(samples, *rest)
+
     monkeypatch.setattr(trainer.step, "update", counted)
     assert samples_per_second(trainer, 32, 3) > 0 and trained == [32] * 3
     before = trainer.plan, trainer.state, trainer.data.train_size
@@ -62,9 +64,14 @@ def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypa
     def sixteen_a_second(trainer, size, updates):
         now[0] += size * updates / 16
         return 16.0
+
     monkeypatch.setattr(forecast, "samples_per_second", sixteen_a_second)
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
-    for seconds, sizes in ((35, [16, 32, 64]), (34, [16, 32]), (0, [16])):  # 2 * (1 + 2 + 4) to try, 3 * (1 + 2 + 4) for rounds
+    for seconds, sizes in (
+        (35, [16, 32, 64]),
+        (34, [16, 32]),
+        (0, [16]),
+    ):  # 2 * (1 + 2 + 4) to try, 3 * (1 + 2 + 4) for rounds
         now[0] = 0.0
         found = measure(tiny(), [128, 16, 64, 32], seconds)
         assert list(found.rates) == sizes
@@ -78,11 +85,17 @@ def test_both_schedules_start_alike_and_only_one_grows():
 
 
 def test_the_command_says_in_one_line_what_is_wrong(capsys):
-    assert forecast.main(["--model", "resnet20", "--dataset", "digits", "--batch_size", "2048", "--max_batch_size", "2048"]) == 2
+    assert (
+        forecast.main(
+            ["--model", "resnet20", "--dataset", "digits", "--batch_size", "2048", "--max_batch_size", "2048"]
+        )
+        == 2
+    )
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- the benchmark ------------------------------------------------------------------------------------------------------
+# --- the benchmark
+
 
 def benchmark_worker():
     "The program that `nbs/benchmark.ipynb` writes for its processes, as a module."

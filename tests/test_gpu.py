@@ -13,13 +13,15 @@ from adabatch.trainer import Step, Trainer
 
 class Slow(Trainer):
     "Takes a second an update."
+
     def _pause(self, saver):
         time.sleep(1)
         super()._pause(saver)
 
 
 @pytest.fixture(scope="module")
-def noise(): return gpu.load_data("fake")
+def noise():
+    return gpu.load_data("fake")
 
 
 @pytest.fixture
@@ -30,10 +32,19 @@ def rehearsal(tmp_path, monkeypatch, quick, noise):
     monkeypatch.setattr(gpu, "process_seconds", lambda: 0)
     monkeypatch.setattr(gpu, "load_data", lambda name, *a, **k: noise if name == "fake" else load(name, *a, **k))
     monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
-    return ["--rehearse", "--device", "cpu", "--output_dir", str(tmp_path / "out"), "--archive", str(tmp_path / "all.tar")]
+    return [
+        "--rehearse",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--archive",
+        str(tmp_path / "all.tar"),
+    ]
 
 
-def names(archive): return tarfile.open(archive).getnames()
+def names(archive):
+    return tarfile.open(archive).getnames()
 
 
 def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, rehearsal, capsys):
@@ -41,8 +52,10 @@ def test_the_rehearsal_stops_in_time_and_goes_on(tmp_path, monkeypatch, rehearsa
         slowly.setattr(train, "Trainer", Slow)
         assert gpu.main([*rehearsal, "--minutes", "0.15"]) == 0
     assert "the time is up" in capsys.readouterr().out
-    under_way, = (tmp_path / "out").rglob("*-seed0.pt")
-    assert [n.rpartition("/")[2] for n in names(tmp_path / "all.tar")] == [under_way.name]  # what is under way is carried away too
+    (under_way,) = (tmp_path / "out").rglob("*-seed0.pt")
+    assert [n.rpartition("/")[2] for n in names(tmp_path / "all.tar")] == [
+        under_way.name
+    ]  # what is under way is carried away too
     assert gpu.main([*rehearsal, "--minutes", "5"]) == 0
     assert "4 of 4 runs are done" in capsys.readouterr().out
     packed = names(tmp_path / "all.tar")
@@ -56,6 +69,7 @@ def test_everything_is_packed_after_every_run(tmp_path, monkeypatch, rehearsal):
     def count(*args):
         counts.append(len(names(tmp_path / "all.tar")) if (tmp_path / "all.tar").exists() else 0)
         return make(*args)
+
     monkeypatch.setattr(gpu, "_make", count)
     assert gpu.main([*rehearsal, "--minutes", "5"]) == 0 and counts == [0, 1, 2, 3]
 
@@ -80,7 +94,10 @@ def test_an_absent_data_set_ends_it_before_the_first_run(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, quick, capsys):
-    bad, good = (resolve(Experiment(dataset="fake", epochs=1, seed=seed, device="cpu", output_dir=str(tmp_path))) for seed in (0, 1))
+    bad, good = (
+        resolve(Experiment(dataset="fake", epochs=1, seed=seed, device="cpu", output_dir=str(tmp_path)))
+        for seed in (0, 1)
+    )
     make = train.train
     monkeypatch.setattr(gpu, "train", lambda run, data: make(run, data=data) if run is good else 1 / 0)
     assert gpu.spend([bad, good], gpu.load_all([bad, good]), 300) == 1
@@ -92,33 +109,42 @@ def test_after_the_time_is_up_nothing_is_begun(tmp_path, capsys):
     assert "the time is up" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
-# --- the check refuses what is wrong ---------------------------------------------------------------------------------------
+# --- the check refuses what is wrong
+
 
 def no_gradient(step, *args):
     handles = [p.register_hook(torch.zeros_like) for p in step.model.parameters()]
     update(step, *args)
-    for handle in handles: handle.remove()
+    for handle in handles:
+        handle.remove()
 
 
 def first_layer_off(step, *args):
-    with next(step.model.parameters()).register_hook(lambda g: 1.01 * g): update(step, *args)
+    with next(step.model.parameters()).register_hook(lambda g: 1.01 * g):
+        update(step, *args)
 
 
 def wrong_learning_rate(step, *args):
-    for group in step.optimizer.param_groups: group["lr"] *= 1.01
+    for group in step.optimizer.param_groups:
+        group["lr"] *= 1.01
     update(step, *args)
 
 
 def batch_skipped(step, samples, count, weight, batches, sums, clock):
     skipped = step.skipped = getattr(step, "skipped", 0) + 1
     if skipped == 2:
-        for _ in range(count): next(batches)
-    else: update(step, samples, count, weight, batches, sums, clock)
+        for _ in range(count):
+            next(batches)
+    else:
+        update(step, samples, count, weight, batches, sums, clock)
 
 
 update = Step.update
-QUESTIONS = {"exact": gpu.exact_questions("cpu"), "precision": [gpu.precision_question("cpu", p) for p in ("fp32", "tf32", "bf16")],
-             "compile": [gpu.compile_question("cpu", p) for p in ("fp32", "bf16")]}
+QUESTIONS = {
+    "exact": gpu.exact_questions("cpu"),
+    "precision": [gpu.precision_question("cpu", p) for p in ("fp32", "tf32", "bf16")],
+    "compile": [gpu.compile_question("cpu", p) for p in ("fp32", "bf16")],
+}
 
 
 @pytest.mark.parametrize("question", [q for group in QUESTIONS.values() for q in group], ids=lambda q: q.text)
@@ -141,14 +167,17 @@ def test_the_check_asks_all_and_passes_the_precision_on(monkeypatch):
 
 
 def test_a_compiler_that_raises_is_a_line_and_the_runs_are_made_uncompiled(tmp_path, monkeypatch, rehearsal, capsys):
-    def broken(*args, **kwargs): raise RuntimeError("no compiler here")
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
     monkeypatch.setattr(torch, "compile", broken)
     assert gpu.main([*rehearsal, "--compile", "--minutes", "5"]) == 0
     out = capsys.readouterr().out
     assert "BAD compiled against plain, fp32: RuntimeError: no compiler here" in out and "4 of 4 runs are done" in out
 
 
-# --- smoke -----------------------------------------------------------------------------------------------------------------
+# --- smoke
+
 
 def test_a_step_of_the_smoke_script_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     ran = []
@@ -157,18 +186,26 @@ def test_a_step_of_the_smoke_script_that_fails_does_not_stop_the_others(monkeypa
     monkeypatch.setattr(gpu, "clock_agrees", lambda device: 1 / 0)
     monkeypatch.setattr(gpu.Question, "ask", lambda q: ran.append(q.text) or True)
     assert gpu.main(["--smoke", "--rehearse", "--device", "cpu"]) == 1
-    assert "BAD clock" in capsys.readouterr().out and ran[0] == "ten_updates" and ran[-1].startswith("compiled") and len(ran) == 12
+    assert (
+        "BAD clock" in capsys.readouterr().out
+        and ran[0] == "ten_updates"
+        and ran[-1].startswith("compiled")
+        and len(ran) == 12
+    )
 
 
 def test_memory_that_is_not_halved_is_noticed(monkeypatch):
     assert "micro-batches [256, 256], 1 restart" == gpu.memory_limit("cpu")
     monkeypatch.setattr(gpu, "limited_memory", lambda *a: contextlib.nullcontext())
-    with pytest.raises(RuntimeError, match="512, 512"): gpu.memory_limit("cpu")
+    with pytest.raises(RuntimeError, match="512, 512"):
+        gpu.memory_limit("cpu")
 
 
 def test_runs_are_taken_in_order_while_they_fit():
     rates = {(m, s): rate for m in ("alexnet", "resnet20", "vgg19bn") for s, rate in ((128, 1e-5), (4096, 5e-6))}
-    runs = [resolve(Experiment("resnet20", "cifar10", "fixed", 128, epochs=epochs, device="cpu")) for epochs in (10, 100, 5)]
+    runs = [
+        resolve(Experiment("resnet20", "cifar10", "fixed", 128, epochs=epochs, device="cpu")) for epochs in (10, 100, 5)
+    ]
     one = gpu.seconds_of(runs[0], rates)
     assert one == pytest.approx(10 * (50_000 + 10_000 / 3) * 1e-5)
     assert gpu.that_fit(runs, 1.6 * one, rates) == [runs[0], runs[2]]

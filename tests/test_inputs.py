@@ -1,4 +1,5 @@
 """Whatever is given, the answer is one line of the documented type, and nothing is written."""
+
 import math
 from pathlib import Path
 
@@ -61,14 +62,20 @@ TYPES = {
 
 def cases(groups):
     "A test case for each value, named in few characters."
-    def label(value): return "".join(c if c.isprintable() and c.isascii() else "?" for c in repr(value)[:24])
+
+    def label(value):
+        return "".join(c if c.isprintable() and c.isascii() else "?" for c in repr(value)[:24])
+
     return [pytest.param(name, value, id=f"{name}-{label(value)}") for name in groups for value in groups[name]]
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
     "Does this call end in one readable line of one of these types, before anything is trained or written?"
-    def accepted(*args, **kwargs): pytest.fail("was accepted")
+
+    def accepted(*args, **kwargs):
+        pytest.fail("was accepted")
+
     monkeypatch.setattr(train, "make_trainer", accepted)
     monkeypatch.setattr(train.subprocess, "Popen", accepted)
     folder = tmp_path / "here"
@@ -79,15 +86,21 @@ def refused(tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
 
     def check(call, *kinds):
-        with pytest.raises(kinds) as caught: call()
+        with pytest.raises(kinds) as caught:
+            call()
         line = str(caught.value)
         assert "\n" not in line and 10 < len(line) < 400, line
         assert sorted(tmp_path.rglob("*")) == before
         return line
+
     return check
 
 
-ALSO = {"lr_decay": ["the learning rate at 4 epochs"], "milestones": ["a milestone must be"], "model": ["resnet50 is not made"]}
+ALSO = {
+    "lr_decay": ["the learning rate at 4 epochs"],
+    "milestones": ["a milestone must be"],
+    "model": ["resnet50 is not made"],
+}
 
 
 @pytest.mark.parametrize("name, value", cases(NUMBERS) + cases(SETTINGS))
@@ -112,22 +125,41 @@ def as_text(groups):
     return cases(texts)
 
 
-WORDS = {"epochs": ["ten", "1e3", "", "1_0 0"], "lr": ["small", "0,1", ""], "drop_last": ["maybe", "1", ""],
-         "processes": ["two", "1.5"], "seed": ["None", "0x10"], "epohcs": ["3"], "no_such_option": ["1"]}
+WORDS = {
+    "epochs": ["ten", "1e3", "", "1_0 0"],
+    "lr": ["small", "0,1", ""],
+    "drop_last": ["maybe", "1", ""],
+    "processes": ["two", "1.5"],
+    "seed": ["None", "0x10"],
+    "epohcs": ["3"],
+    "no_such_option": ["1"],
+}
 
 
 @pytest.mark.parametrize("name, value", as_text(NUMBERS) + as_text(SETTINGS) + as_text(PLACES) + as_text(WORDS))
 def test_the_command_line(name, value, refused, capsys):
     def call():
-        try: code = main([f"--{name}={value}"])
-        except SystemExit as stop: code = stop.code
+        try:
+            code = main([f"--{name}={value}"])
+        except SystemExit as stop:
+            code = stop.code
         assert code == 2
         raise ValueError(capsys.readouterr().err.removesuffix("\n"))
+
     assert "error: " in refused(call, ValueError)
 
 
-PARAMETERS = {"epohcs": [3], "modle": ["alexnet"], "epochs": ["ten", 1e3, [3], -1], "seed": [None, "0"],
-              "milestones": [4, "a,b"], "compile": ["yes"], "dataset": ["mnist"], "output_dir": [None, ""], "_hidden": [1]}
+PARAMETERS = {
+    "epohcs": [3],
+    "modle": ["alexnet"],
+    "epochs": ["ten", 1e3, [3], -1],
+    "seed": [None, "0"],
+    "milestones": [4, "a,b"],
+    "compile": ["yes"],
+    "dataset": ["mnist"],
+    "output_dir": [None, ""],
+    "_hidden": [1],
+}
 
 
 @pytest.mark.parametrize("name, value", cases(PARAMETERS))
@@ -135,6 +167,7 @@ def test_papermill_parameters(name, value, refused):
     def call():
         names = {n: f.default for n, f in FIELDS.items()} | {name: value}
         run(from_notebook(names, ["# Parameters. As they are\nepochs = None", f"# Parameters\n{name} = {value!r}\n"]))
+
     assert name.replace("dataset", "data set") in refused(call, ValueError, TypeError)
 
 

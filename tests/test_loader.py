@@ -17,7 +17,9 @@ AT_5 = Schedule((Stage(0, 8, 0.1), Stage(5, 32, 0.2)), epochs=3, unit="updates")
 
 class Indices(Dataset):
     "Gives back the index it is asked for, and the process that answered."
-    def __getitem__(self, index): return index, (get_worker_info().id if get_worker_info() else -1)
+
+    def __getitem__(self, index):
+        return index, (get_worker_info().id if get_worker_info() else -1)
 
 
 def loader(plan, workers=0, **settings):
@@ -94,7 +96,8 @@ def test_resumes_anywhere_with_other_workers_and_processes(workers):
         assert len(plan) == len(whole) - done and list(plan) == whole[done:]
         assert [plan.at(done).epoch] == [next(plan.by_epoch())] if done < len(whole) else list(plan.by_epoch()) == []
     parts = [Plan(schedule, 100, drop_last=False, rank=r, world_size=2) for r in range(2)]
-    for part in parts: part.start = 9
+    for part in parts:
+        part.start = 9
     assert [a + b for a, b in zip(*(drawn(loader(part, workers)) for part in parts))] == whole[9:]
 
 
@@ -104,7 +107,7 @@ def test_an_interrupted_epoch_is_finished_before_the_next():
     turns = [(epoch, len(list(plan))) for epoch in plan.by_epoch()]
     assert turns == [(0, 1), (1, 4), (2, 4)]
     plan.start = 0
-    for epoch in plan.by_epoch():
+    for _ in plan.by_epoch():
         break
     assert len(plan) == plan.updates == 15  # outside of the loop over epochs, the whole training again
 
@@ -117,27 +120,32 @@ def test_stateful_data_loader(workers, by_epoch):
     whole = list(Plan(AT_5, 100))
     for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
         plan = Plan(AT_5, 100)
-        first, iterator = stateful(Indices(), batch_sampler=plan, num_workers=workers), None
+        first = stateful(Indices(), batch_sampler=plan, num_workers=workers)
         got = []
         for _ in plan.by_epoch() if by_epoch else [0]:
-            if len(got) == received: break
+            if len(got) == received:
+                break
             for indices, _ in first:
                 got.append(indices.tolist())
-                if len(got) == received: break
-            if len(got) == received: break
+                if len(got) == received:
+                    break
+            if len(got) == received:
+                break
         state = first.state_dict()
         assert got == whole[:received] and len(pickle.dumps(state)) < 2000
         plan = Plan(AT_5, 100)
         second = stateful(Indices(), batch_sampler=plan, num_workers=workers)
         second.load_state_dict(copy.deepcopy(state))
-        for _ in plan.by_epoch() if by_epoch else [0]: got += [indices.tolist() for indices, _ in second]
+        for _ in plan.by_epoch() if by_epoch else [0]:
+            got += [indices.tolist() for indices, _ in second]
         assert got == whole
 
 
 def test_the_state_is_a_number():
     plan = Plan(AT_5, 100)
     batches = iter(plan)
-    for _ in range(7): next(batches)
+    for _ in range(7):
+        next(batches)
     state = plan.state_dict()
     assert state == {"update": 7} and len(pickle.dumps(state)) < 100
     again = Plan(AT_5, 100)
@@ -149,12 +157,15 @@ def groups(*lrs):
     return torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in lrs], lr=lrs[0])
 
 
-@pytest.mark.parametrize("schedule", [
-    adabatch(8, 32, lr=0.1, every=1, epochs=3),
-    adabatch(16, 32, lr=0.1, every=2, epochs=4, warmup_epochs=2, base_batch_size=4),
-    from_lr_schedule(lambda p: min(p / 0.3, 1) * 0.1 * 0.2**p, 8, 32, epochs=3),  # rises from 0
-    AT_5,
-])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        adabatch(8, 32, lr=0.1, every=1, epochs=3),
+        adabatch(16, 32, lr=0.1, every=2, epochs=4, warmup_epochs=2, base_batch_size=4),
+        from_lr_schedule(lambda p: min(p / 0.3, 1) * 0.1 * 0.2**p, 8, 32, epochs=3),  # rises from 0
+        AT_5,
+    ],
+)
 @pytest.mark.parametrize("order", ["load first", "schedule first"])
 def test_learning_rates_of_several_groups_and_after_a_resume(schedule, order):
     plan = Plan(schedule, 100)
@@ -164,17 +175,20 @@ def test_learning_rates_of_several_groups_and_after_a_resume(schedule, order):
     scheduler, seen = plan.lr_scheduler(optimizer), []
     for step in range(len(plan)):
         seen.append([group["lr"] for group in optimizer.param_groups])
-        if step == 7: saved = copy.deepcopy(optimizer.state_dict())
+        if step == 7:
+            saved = copy.deepcopy(optimizer.state_dict())
         optimizer.step()
         scheduler.step()
     assert seen == [pytest.approx(lrs, rel=1e-14, abs=1e-16) for lrs in expected]
     resumed = groups(base, base / 10, base * 3)
     plan.start = 7
-    if order == "load first": resumed.load_state_dict(saved)
+    if order == "load first":
+        resumed.load_state_dict(saved)
     scheduler = plan.lr_scheduler(resumed)
-    if order == "schedule first": resumed.load_state_dict(saved)
+    if order == "schedule first":
+        resumed.load_state_dict(saved)
     again = []
-    for step in range(7, plan.updates):
+    for _ in range(7, plan.updates):
         again.append([group["lr"] for group in resumed.param_groups])
         resumed.step()
         scheduler.step()
@@ -185,7 +199,8 @@ def test_the_loop_in_the_readme_runs():
     "Correct with a warm-up, with several parameter groups, and after an interruption."
     blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
     loops = [block for block in blocks if "Plan(" in block]
-    if not loops: pytest.skip("the README does not show the plan yet")
+    if not loops:
+        pytest.skip("the README does not show the plan yet")
     loop = re.sub(r"adabatch\(.*?\)", "schedule", loops[0])
     lines = [line for line in loop.splitlines() if line and not line.startswith(("import", "from", "#"))]
     assert len(lines) <= 8
@@ -199,7 +214,8 @@ def test_the_loop_in_the_readme_runs():
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
         def train_step(model, optimizer, x, y):
-            if len(seen) == kill_at: raise KeyboardInterrupt
+            if len(seen) == kill_at:
+                raise KeyboardInterrupt
             seen.append((len(x), *(group["lr"] for group in optimizer.param_groups)))
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
@@ -209,16 +225,29 @@ def test_the_loop_in_the_readme_runs():
             state.update(copy.deepcopy(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())))
 
         def resume(model, optimizer):
-            if not state: return 0
+            if not state:
+                return 0
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return state["step"]
 
         every_five = re.sub(r"step % \d+", "step % 5", loop)
-        names = dict(dataset=dataset, model=model, optimizer=optimizer, schedule=schedule,
-                     train_step=train_step, save=save, resume=resume, torch=torch, DataLoader=DataLoader, Plan=Plan)
-        try: exec(every_five, names)
-        except KeyboardInterrupt: pass
+        names = dict(
+            dataset=dataset,
+            model=model,
+            optimizer=optimizer,
+            schedule=schedule,
+            train_step=train_step,
+            save=save,
+            resume=resume,
+            torch=torch,
+            DataLoader=DataLoader,
+            Plan=Plan,
+        )
+        try:
+            exec(every_five, names)
+        except KeyboardInterrupt:
+            pass
         return model, seen
 
     whole, expected = run({})
@@ -232,21 +261,24 @@ def test_the_loop_in_the_readme_runs():
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
 
-@pytest.mark.parametrize("make, error, line", [
-    (lambda: Plan("adabatch", 100), TypeError, "schedule must be a Schedule, not a str"),
-    (lambda: Plan(AT_5, Indices()), TypeError, "samples must be a whole number"),
-    (lambda: Plan(AT_5, 0), ValueError, "samples must be at least 1"),
-    (lambda: Plan(AT_5, 31), ValueError, "batch size 32 is larger than the training set of 31 samples"),
-    (lambda: Plan(AT_5, 100, seed=-1), ValueError, "seed must be at least 0"),
-    (lambda: Plan(AT_5, 100, seed=2**64), ValueError, "seed must be at most"),
-    (lambda: Plan(AT_5, 100, rank=2, world_size=2), ValueError, "rank must be at most 1, not 2"),
-    (lambda: Plan(AT_5, 100, world_size=0), ValueError, "world_size must be at least 1"),
-    (lambda: Plan(AT_5, 100).at(-1), ValueError, "update must be at least 0"),
-    (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be a whole number"),
-    (lambda: Plan(AT_5, 100).lr(10**9), ValueError, "update must be at most 11"),
-    (lambda: setattr(Plan(AT_5, 100), "start", 13), ValueError, "start must be at most 12, not 13"),
-    (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be a whole number, not None"),
-])
+@pytest.mark.parametrize(
+    "make, error, line",
+    [
+        (lambda: Plan("adabatch", 100), TypeError, "schedule must be a Schedule, not a str"),
+        (lambda: Plan(AT_5, Indices()), TypeError, "samples must be a whole number"),
+        (lambda: Plan(AT_5, 0), ValueError, "samples must be at least 1"),
+        (lambda: Plan(AT_5, 31), ValueError, "batch size 32 is larger than the training set of 31 samples"),
+        (lambda: Plan(AT_5, 100, seed=-1), ValueError, "seed must be at least 0"),
+        (lambda: Plan(AT_5, 100, seed=2**64), ValueError, "seed must be at most"),
+        (lambda: Plan(AT_5, 100, rank=2, world_size=2), ValueError, "rank must be at most 1, not 2"),
+        (lambda: Plan(AT_5, 100, world_size=0), ValueError, "world_size must be at least 1"),
+        (lambda: Plan(AT_5, 100).at(-1), ValueError, "update must be at least 0"),
+        (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be a whole number"),
+        (lambda: Plan(AT_5, 100).lr(10**9), ValueError, "update must be at most 11"),
+        (lambda: setattr(Plan(AT_5, 100), "start", 13), ValueError, "start must be at most 12, not 13"),
+        (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be a whole number, not None"),
+    ],
+)
 def test_bad_numbers(make, error, line):
     with pytest.raises(error, match=line):
         make()
@@ -296,7 +328,8 @@ def test_properties_of_any_plan():
             epochs.append(now.epoch)
             last, used = now.batch[1], used + now.batch[1] - now.batch[0]
         assert epochs == sorted(epochs) and set(epochs) == set(range(schedule.epochs))
-        if not one.drop_last: assert used == one.samples * schedule.epochs
+        if not one.drop_last:
+            assert used == one.samples * schedule.epochs
         for epoch in range(schedule.epochs):
             assert schedule.updates(epoch, one.samples, one.drop_last) == epochs.count(epoch)
         done = data.draw(some.integers(0, len(one)))

@@ -4,9 +4,19 @@ import torch
 from adabatch.models import get_model, model_name
 
 
-@pytest.mark.parametrize("name, classes, count", [
-    ("alexnet", 10, 2_472_266), ("alexnet", 100, 2_495_396), ("vgg19bn", 10, 20_040_522), ("vgg19bn", 100, 20_086_692),
-    ("resnet20", 10, 272_474), ("resnet20", 100, 278_324), ("alexnet_imagenet", 1000, 61_100_840), ("resnet50", 1000, 25_557_032)])
+@pytest.mark.parametrize(
+    "name, classes, count",
+    [
+        ("alexnet", 10, 2_472_266),
+        ("alexnet", 100, 2_495_396),
+        ("vgg19bn", 10, 20_040_522),
+        ("vgg19bn", 100, 20_086_692),
+        ("resnet20", 10, 272_474),
+        ("resnet20", 100, 278_324),
+        ("alexnet_imagenet", 1000, 61_100_840),
+        ("resnet50", 1000, 25_557_032),
+    ],
+)
 def test_parameter_counts(name, classes, count):
     assert sum(p.numel() for p in get_model(name, classes).parameters()) == count
 

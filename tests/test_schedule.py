@@ -47,17 +47,24 @@ def test_warmup_ends_at_the_scaled_rate():
     assert np.diff(ramp[:11]) == pytest.approx([0.015] * 10)
 
 
-@pytest.mark.parametrize("make, error, line", [
-    (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
-    (lambda: adabatch(4, 24, lr=0.1), ValueError, r"\(24\) is not batch_size \(4\) times a power of growth \(2\)"),
-    (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
-    (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
-    (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
-    (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be a whole number, not True"),
-    (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be a whole number"),
-    (lambda: fixed(4, lr="0.1"), TypeError, "lr must be a number"),
-    (lambda: fixed(4, lr=0.1, warmup_epochs=30, base_batch_size=4), ValueError, "must end before the first milestone"),
-])
+@pytest.mark.parametrize(
+    "make, error, line",
+    [
+        (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
+        (lambda: adabatch(4, 24, lr=0.1), ValueError, r"\(24\) is not batch_size \(4\) times a power of growth \(2\)"),
+        (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
+        (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
+        (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
+        (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be a whole number, not True"),
+        (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be a whole number"),
+        (lambda: fixed(4, lr="0.1"), TypeError, "lr must be a number"),
+        (
+            lambda: fixed(4, lr=0.1, warmup_epochs=30, base_batch_size=4),
+            ValueError,
+            "must end before the first milestone",
+        ),
+    ],
+)
 def test_bad_numbers(make, error, line):
     with pytest.raises(error, match=line):
         make()
@@ -74,52 +81,59 @@ def test_values():
 two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
 
 
-@pytest.mark.parametrize("ask, error, line", [
-    (lambda: two.at(2.5), TypeError, "epoch must be a whole number, not 2.5"),
-    (lambda: two.at("1"), TypeError, "epoch must be a whole number, not '1'"),
-    (lambda: two.at(True), TypeError, "epoch must be a whole number"),
-    (lambda: two.at(np.arange(3)), TypeError, "epoch must be a whole number"),
-    (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
-    (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
-    (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
-    (lambda: two.lr(10**20), ValueError, "epoch must be at most"),
-    (lambda: two.updates(0, -1), ValueError, "samples must be at least 1, not -1"),
-    (lambda: two.updates(0, 1.5), TypeError, "samples must be a whole number, not 1.5"),
-    (lambda: two.updates(9, 100), ValueError, "epoch 9 is outside"),
-    (lambda: two.unroll([100]), TypeError, "samples must be a whole number"),
-    (lambda: two.clamped(0), ValueError, "largest must be at least 1"),
-    (lambda: Schedule((), 3), ValueError, "1 to 10,000 stages, not 0"),
-    (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
-    (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
-    (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
-    (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be a whole number"),
-    (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
-    (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
-    (lambda: Schedule((Stage(0, 4, 0.1),), 3, unit="hours"), ValueError, "unknown unit 'hours': choose from epochs"),
-    (lambda: Schedule((Stage(0, 4, 0.1), Stage(1.5, 4, 0.1)), 3, unit="updates"), TypeError, "must be a whole"),
-    (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
-    (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
-    (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
-    (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
-    (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "10,000 stages: raise every, or give milestones"),
-    (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
-    (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "learning rate at 40 epochs must be positive"),
-    (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0"),
-    (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
-    (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
-    (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
-    (lambda: adabatch(4, 8, lr=0.1, milestones=60), TypeError, "milestones must be a list"),
-    (lambda: adabatch(4, 8, lr=0.1, milestones=[60, 60]), ValueError, "must be positive and increase"),
-    (lambda: adabatch(4, 8, lr=0.1, milestones=[0, 60]), ValueError, "must be positive and increase"),
-    (lambda: adabatch(4, 8, lr=0.1, milestones=["60"]), TypeError, "a milestone must be a number, not '60'"),
-    (lambda: adabatch(4, 8, lr=0.1, unit="updates"), ValueError, "give milestones"),
-    (lambda: from_lr_schedule(0.1, 4, 8, 10), TypeError, "curve must be a function of progress or a scheduler"),
-    (lambda: from_lr_schedule(lambda p: "0.1", 4, 8, 10), TypeError, "curve must be a number"),
-    (lambda: from_lr_schedule(lambda p: math.inf, 4, 8, 10), ValueError, "curve must be finite"),
-    (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
-    (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
-    (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
-])
+@pytest.mark.parametrize(
+    "ask, error, line",
+    [
+        (lambda: two.at(2.5), TypeError, "epoch must be a whole number, not 2.5"),
+        (lambda: two.at("1"), TypeError, "epoch must be a whole number, not '1'"),
+        (lambda: two.at(True), TypeError, "epoch must be a whole number"),
+        (lambda: two.at(np.arange(3)), TypeError, "epoch must be a whole number"),
+        (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
+        (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
+        (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
+        (lambda: two.lr(10**20), ValueError, "epoch must be at most"),
+        (lambda: two.updates(0, -1), ValueError, "samples must be at least 1, not -1"),
+        (lambda: two.updates(0, 1.5), TypeError, "samples must be a whole number, not 1.5"),
+        (lambda: two.updates(9, 100), ValueError, "epoch 9 is outside"),
+        (lambda: two.unroll([100]), TypeError, "samples must be a whole number"),
+        (lambda: two.clamped(0), ValueError, "largest must be at least 1"),
+        (lambda: Schedule((), 3), ValueError, "1 to 10,000 stages, not 0"),
+        (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
+        (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
+        (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
+        (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be a whole number"),
+        (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
+        (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
+        (
+            lambda: Schedule((Stage(0, 4, 0.1),), 3, unit="hours"),
+            ValueError,
+            "unknown unit 'hours': choose from epochs",
+        ),
+        (lambda: Schedule((Stage(0, 4, 0.1), Stage(1.5, 4, 0.1)), 3, unit="updates"), TypeError, "must be a whole"),
+        (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
+        (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
+        (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
+        (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
+        (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "10,000 stages: raise every, or give milestones"),
+        (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
+        (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "learning rate at 40 epochs must be positive"),
+        (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0"),
+        (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
+        (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
+        (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
+        (lambda: adabatch(4, 8, lr=0.1, milestones=60), TypeError, "milestones must be a list"),
+        (lambda: adabatch(4, 8, lr=0.1, milestones=[60, 60]), ValueError, "must be positive and increase"),
+        (lambda: adabatch(4, 8, lr=0.1, milestones=[0, 60]), ValueError, "must be positive and increase"),
+        (lambda: adabatch(4, 8, lr=0.1, milestones=["60"]), TypeError, "a milestone must be a number, not '60'"),
+        (lambda: adabatch(4, 8, lr=0.1, unit="updates"), ValueError, "give milestones"),
+        (lambda: from_lr_schedule(0.1, 4, 8, 10), TypeError, "curve must be a function of progress or a scheduler"),
+        (lambda: from_lr_schedule(lambda p: "0.1", 4, 8, 10), TypeError, "curve must be a number"),
+        (lambda: from_lr_schedule(lambda p: math.inf, 4, 8, 10), ValueError, "curve must be finite"),
+        (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
+        (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
+        (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
+    ],
+)
 def test_one_line_says_what_is_wrong(ask, error, line):
     with pytest.raises(error, match=line) as caught:
         ask()
@@ -156,24 +170,38 @@ def unrolled(schedule, samples, drop_last):
             now = {"epochs": Fraction(start, samples) + epoch, "samples": used, "updates": len(updates)}[schedule.unit]
             size = [s.batch_size for s in schedule.stages if s.start <= now][-1]
             stop = min(start + size, samples)
-            if start == samples or (drop_last and stop - start < size): break
+            if start == samples or (drop_last and stop - start < size):
+                break
             updates.append((epoch, start, size))
             start, used = stop, used + stop - start
     return updates
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("unit, milestones", [
-    ("epochs", [1, 2]), ("epochs", [0.5, 1.25, 1.375]), ("epochs", [0.0625, 0.125, 2.96875, 3.5]),
-    ("updates", [1, 2, 9]), ("updates", [30, 31, 40]), ("updates", [12, 80]),
-    ("samples", [1, 65, 66]), ("samples", [96, 100, 192, 200]), ("samples", [290, 500, 10**9]),
-])
+@pytest.mark.parametrize(
+    "unit, milestones",
+    [
+        ("epochs", [1, 2]),
+        ("epochs", [0.5, 1.25, 1.375]),
+        ("epochs", [0.0625, 0.125, 2.96875, 3.5]),
+        ("updates", [1, 2, 9]),
+        ("updates", [30, 31, 40]),
+        ("updates", [12, 80]),
+        ("samples", [1, 65, 66]),
+        ("samples", [96, 100, 192, 200]),
+        ("samples", [290, 500, 10**9]),
+    ],
+)
 def test_unrolled_as_defined(unit, milestones, drop_last):
     stages = [Stage(start, size, 0.1) for start, size in zip([0, *milestones], [16, 3, 50, 64, 33])]
     schedule = Schedule(stages, epochs=6, unit=unit)
     for samples in (64, 100, 160):
-        flat = [(s.epoch + e, s.start + u * s.stage.batch_size, s.stage.batch_size)
-                for s in schedule.unroll(samples, drop_last) for e in range(s.epochs) for u in range(s.updates)]
+        flat = [
+            (s.epoch + e, s.start + u * s.stage.batch_size, s.stage.batch_size)
+            for s in schedule.unroll(samples, drop_last)
+            for e in range(s.epochs)
+            for u in range(s.updates)
+        ]
         assert flat == unrolled(schedule, samples, drop_last)
         for epoch in range(6):
             assert schedule.updates(epoch, samples, drop_last) == sum(u[0] == epoch for u in flat)
@@ -202,8 +230,12 @@ SCHEDULERS = {
     "stable, then down": (lambda o: lr_scheduler.LambdaLR(o, lambda k: min((k + 1) / 5, 1, (42 - k) / 20)), 40),
     "polynomial": (lambda o: lr_scheduler.PolynomialLR(o, 400, power=2), 400),
     "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=400), 400),
-    "sequential": (lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.LinearLR(o, 0.1, total_iters=5),
-                                                           lr_scheduler.ExponentialLR(o, 0.9)], [5]), 40),
+    "sequential": (
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)], [5]
+        ),
+        40,
+    ),
 }
 
 
@@ -245,7 +277,10 @@ def test_a_scheduler_without_a_curve():
 def test_adabatch_is_the_linear_rule_on_a_step_decay(decay, growth):
     top = round(16 * growth**3) if isinstance(growth, int) else 50
     ours = adabatch(16, top, lr=0.1, lr_decay=decay * growth, growth=growth, every=7, epochs=40)
-    function = lambda p: 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7)
+
+    def function(p):
+        return 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7)
+
     for curve in (function, lr_scheduler.StepLR(optimizer(0.1), 7, gamma=decay)):
         theirs = from_lr_schedule(curve, 16, top, epochs=40, growth=growth)
         for epoch in range(40):

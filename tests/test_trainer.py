@@ -41,7 +41,12 @@ def test_shards_and_micro_batches_cover_every_sample_once():
     assert split(128, 3) == [43, 43, 42]
     for batch, size, micro in ((128, 3, 64), (128, 3, 7), (2, 3, 1), (100, 1, 30)):
         for batch_slice in batch_slices(300, batch, drop_last=False):
-            samples = [i for rank in range(size) for a, b in micro_batches(shard(batch_slice, rank, size), micro) for i in range(a, b)]
+            samples = [
+                i
+                for rank in range(size)
+                for a, b in micro_batches(shard(batch_slice, rank, size), micro)
+                for i in range(a, b)
+            ]
             assert samples == list(range(*batch_slice))
 
 
@@ -51,42 +56,60 @@ def test_micro_batches_are_cut_equal():
         for size in range(1, 70):
             sizes = [stop - start for start, stop in micro_batches((7, 7 + samples), size)]
             assert sum(sizes) == samples and max(sizes) <= size and len(sizes) == -(-samples // size)
-            assert max(sizes) - min(sizes) <= 1 and (min(sizes) > 1 or samples == 1 or size < 3)  # never a piece of one image
+            assert max(sizes) - min(sizes) <= 1 and (
+                min(sizes) > 1 or samples == 1 or size < 3
+            )  # never a piece of one image
 
 
-# --- however an update is cut -------------------------------------------------------------------------------------------
+# --- however an update is cut
+
 
 class Watched:
     "Digits, cut down to a few samples, that keeps what it was asked for."
+
     def __init__(self, samples):
         whole = load_data("digits")
-        self.inner = Images((whole.crops[:samples, 4, 4].permute(0, 3, 1, 2), whole.labels[:samples]), [t[:50] for t in whole.test], (0.3,), (0.37,), 10)
+        self.inner = Images(
+            (whole.crops[:samples, 4, 4].permute(0, 3, 1, 2), whole.labels[:samples]),
+            [t[:50] for t in whole.test],
+            (0.3,),
+            (0.37,),
+            10,
+        )
         self.device, self.shape, self.train_size, self.test_size = self.inner.device, self.inner.shape, samples, 50
         self.draw, self.test_batches, self.seen = self.inner.draw, self.inner.test_batches, []
 
     def train_batches(self, epoch, spans):
         for a, b in spans:
             i = epoch.order[a:b]
-            self.seen += [[epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])] for p, n in zip(range(a, b), i.tolist())]
+            self.seen += [
+                [epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])]
+                for p, n in zip(range(a, b), i.tolist())
+            ]
             yield next(self.inner.train_batches(epoch, [(a, b)]))
 
 
 def cut(folder, updates):
-    "Train for so many updates with batches that divide evenly by 1, 2 and 3 and that do not; leaves weights and samples in `folder`."
+    "Train with batches that divide evenly by 1, 2 and 3 and that do not; leaves weights and samples in `folder`."
     with process_group("cpu"):
         for batch in (126, 128):
             for micro in (None, 7, 64):
-                t = trainer(fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro)
+                t = trainer(
+                    fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro
+                )
                 t.fit()
                 name = f"{folder}/{t.world.size}-{batch}-{micro}-{updates}"
-                if t.world.rank == 0: torch.save(weights(t.model), f"{name}.pt")
-                with open(f"{name}-{t.world.rank}.json", "w") as f: json.dump(t.data.seen, f)
+                if t.world.rank == 0:
+                    torch.save(weights(t.model), f"{name}.pt")
+                with open(f"{name}-{t.world.rank}.json", "w") as f:
+                    json.dump(t.data.seen, f)
 
 
 def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
     worst = {}
     for updates in (1, 10):
-        for size in (1, 2, 3): together(size, cut, str(tmp_path), updates)
+        for size in (1, 2, 3):
+            together(size, cut, str(tmp_path), updates)
         for batch in (126, 128):
             reference = torch.load(tmp_path / f"1-{batch}-None-{updates}.pt")
             samples = json.loads((tmp_path / f"1-{batch}-None-{updates}-0.json").read_text())
@@ -97,7 +120,9 @@ def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
                     error = ((torch.load(f"{name}.pt") - reference).norm() / reference.norm()).item()
                     worst[updates] = max(worst.get(updates, 0), error)
                     assert error < 1e-6
-                    together_seen = [s for rank in range(size) for s in json.loads((tmp_path / f"{name}-{rank}.json").read_text())]
+                    together_seen = [
+                        s for rank in range(size) for s in json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+                    ]
                     assert sorted(together_seen) == samples  # the same samples, crops and flips at the same positions
     print(f"largest relative difference: {worst[1]:.1e} after one update, {worst[10]:.1e} after ten")
 
@@ -107,11 +132,13 @@ def lonely(folder):
     with process_group("cpu"):
         t = trainer(fixed(2, lr=0.02, epochs=1), small(torch.float64), Watched(11), drop_last=False)
         history = t.fit()
-        if t.world.rank == 0: torch.save([weights(t.model), clockless(history)[0]["train_loss"]], f"{folder}/{t.world.size}.pt")
+        if t.world.rank == 0:
+            torch.save([weights(t.model), clockless(history)[0]["train_loss"]], f"{folder}/{t.world.size}.pt")
 
 
 def test_more_processes_than_samples(tmp_path):
-    for size in (1, 3): together(size, lonely, str(tmp_path))
+    for size in (1, 3):
+        together(size, lonely, str(tmp_path))
     (one, one_loss), (three, three_loss) = (torch.load(tmp_path / f"{size}.pt") for size in (1, 3))
     assert torch.allclose(one, three, rtol=1e-9) and one_loss == pytest.approx(three_loss, rel=1e-9)
 
@@ -126,7 +153,8 @@ def test_an_update_is_that_of_plain_pytorch():
     optimizer.step()
     history = ours.fit()
     assert torch.allclose(weights(ours.model), weights(plain), rtol=1e-5, atol=1e-7)
-    with torch.no_grad(): test = plain(next(data.test_batches([(0, 360)]))[0]).argmax(1) != data.test[1]
+    with torch.no_grad():
+        test = plain(next(data.test_batches([(0, 360)]))[0]).argmax(1) != data.test[1]
     assert history[0]["test_error"] == pytest.approx(100 * test.double().mean().item(), abs=0.3)
 
 
@@ -138,15 +166,19 @@ def normalised(folder, stop):
         t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), get_model("resnet20"), Watched(96))
 
         def interrupt(epoch, update, updates):
-            if stop and 6 * epoch + update == stop and t.world.rank == 1: signal.raise_signal(signal.SIGTERM)
+            if stop and 6 * epoch + update == stop and t.world.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+
         with contextlib.suppress(Interrupted):
             history = t.fit(f"{folder}/run.pt", on_update=interrupt)
-            if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
+            if t.world.rank == 0:
+                torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
 
 
 @pytest.mark.parametrize("stop", [4, 6])
 def test_three_processes_with_batch_normalisation_resume_to_the_bit(tmp_path, stop):
-    for name in ("whole", "cut"): (tmp_path / name).mkdir()
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
     together(3, normalised, str(tmp_path / "whole"), 0)
     together(3, normalised, str(tmp_path / "cut"), stop)
     assert not (tmp_path / "cut/done.pt").exists()  # one process was told to stop, and all did
@@ -155,19 +187,25 @@ def test_three_processes_with_batch_normalisation_resume_to_the_bit(tmp_path, st
     assert torch.equal(a, b) and history == resumed
 
 
-# --- interruption ---------------------------------------------------------------------------------------------------------
+# --- interruption
+
 
 def stopped(path, at, **settings):
     "Train until `at` = (epoch, updates done), and be stopped there."
+
     def interrupt(epoch, update, updates):
-        if (epoch, update) == at: signal.raise_signal(signal.SIGINT)
+        if (epoch, update) == at:
+            signal.raise_signal(signal.SIGINT)
+
     data = Watched(1437)
     with pytest.raises(Interrupted, match=f"stopped by SIGINT after {at[1]} updates of epoch {at[0] + 1}"):
         trainer(GROWING, data=data, **settings).fit(path, on_update=interrupt)
     return data.seen
 
 
-@pytest.mark.parametrize("at", [(0, 1), (1, 40), (1, 89), (2, 1), (3, 44)])  # within epochs, at their end, after a milestone
+@pytest.mark.parametrize(
+    "at", [(0, 1), (1, 40), (1, 89), (2, 1), (3, 44)]
+)  # within epochs, at their end, after a milestone
 def test_resumed_to_the_bit(tmp_path, at):
     whole = trainer(GROWING, data=Watched(1437))
     history = whole.fit()
@@ -196,14 +234,18 @@ def elsewhere(folder, stop):
         t = trainer(GROWING, small(torch.float64))
 
         def interrupt(epoch, update, updates):
-            if stop and (epoch, update) == (1, 40): signal.raise_signal(signal.SIGTERM)
+            if stop and (epoch, update) == (1, 40):
+                signal.raise_signal(signal.SIGTERM)
+
         with contextlib.suppress(Interrupted):
             history = t.fit(f"{folder}/run.pt", on_update=interrupt)
-            if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
+            if t.world.rank == 0:
+                torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
 
 
 def test_begun_by_three_processes_and_carried_on_by_one(tmp_path):
-    for name in ("whole", "moved"): (tmp_path / name).mkdir()
+    for name in ("whole", "moved"):
+        (tmp_path / name).mkdir()
     together(1, elsewhere, str(tmp_path / "whole"), False)
     together(3, elsewhere, str(tmp_path / "moved"), True)
     together(1, elsewhere, str(tmp_path / "moved"), False)
@@ -222,7 +264,7 @@ def test_cut_in_two_ways_stays_so_after_another_interruption(tmp_path):
 
 def test_what_is_done_between_updates_is_in_no_phase():
     t = trainer(fixed(64, lr=0.02, epochs=1), data=Watched(640))
-    row, = t.fit(on_update=lambda *_: time.sleep(0.02))
+    (row,) = t.fit(on_update=lambda *_: time.sleep(0.02))
     assert row["train_seconds"] - sum(row[f"{phase}_seconds"] for phase in engine.PHASES) >= 10 * 0.02
 
 
@@ -234,27 +276,38 @@ def test_a_device_without_a_number_is_the_first(monkeypatch):
 
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
     writes = []
-    monkeypatch.setattr(engine, "save_checkpoint", lambda path, state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state))
+    monkeypatch.setattr(
+        engine,
+        "save_checkpoint",
+        lambda path, state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state),
+    )
     torch.manual_seed(0)
     model = get_model("resnet20")
     t = trainer(fixed(32, lr=0.1, epochs=1), model, Watched(96))
     t.fit(tmp_path / "run.pt", checkpoint_minutes=0)
     assert writes == [(0, 1), (0, 2), (0, 3), (1, 0)]
-    size = sum(v.numel() * v.element_size() for v in model.state_dict().values()) + sum(p.numel() * 4 for p in model.parameters())
+    size = sum(v.numel() * v.element_size() for v in model.state_dict().values()) + sum(
+        p.numel() * 4 for p in model.parameters()
+    )
     print(f"checkpoint {(tmp_path / 'run.pt').stat().st_size:,} bytes, model and momentum {size:,}")
     assert (tmp_path / "run.pt").stat().st_size <= 1.1 * size
     assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1
 
 
-@pytest.mark.parametrize("harm", [lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:]])
+@pytest.mark.parametrize(
+    "harm",
+    [lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:]],
+)
 def test_a_damaged_checkpoint(tmp_path, harm, capsys):
     path, previous = tmp_path / "run.pt", tmp_path / "run.pt.previous"
-    for step in (1, 2): save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
+    for step in (1, 2):
+        save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
     path.write_bytes(harm(path.read_bytes()))
     assert load_checkpoint(path)["step"] == 1
     assert "run.pt is damaged and is passed over" in capsys.readouterr().err
     previous.unlink()
-    with pytest.raises(ValueError, match="run.pt: damaged; remove to begin this run anew"): load_checkpoint(path)
+    with pytest.raises(ValueError, match="run.pt: damaged; remove to begin this run anew"):
+        load_checkpoint(path)
 
 
 def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
@@ -262,32 +315,41 @@ def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
     save_checkpoint(path, {"step": 1, "weights": torch.arange(50.0)})
     whole, state = path.read_bytes(), load_checkpoint(path)
     for i in range(0, len(whole), 3):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1:])
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :])
         found = files._read(path)
         assert found is None or (found["step"] == 1 and torch.equal(found["weights"], state["weights"]))
 
 
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path):
     trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.02})
-    with pytest.raises(ValueError, match=r"run.pt belongs to another experiment \(other lr\)"): trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.03})
+    with pytest.raises(ValueError, match=r"run.pt belongs to another experiment \(other lr\)"):
+        trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.03})
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     save_checkpoint(path, {"step": 1})
-    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="run.pt could not be written .*No space left on device.*last good checkpoint"): save_checkpoint(path, {"step": 2})
+    with pytest.raises(OSError, match="run.pt could not be written .*No space left on device.*last good checkpoint"):
+        save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
-# --- memory, loss, batches ---------------------------------------------------------------------------------------------------
+# --- memory, loss, batches
+
 
 class Cramped(torch.nn.Module):
-    def __init__(self, most): super().__init__(); self.net, self.most = small(torch.float64), most
+    def __init__(self, most):
+        super().__init__()
+        self.net, self.most = small(torch.float64), most
 
     def forward(self, x):
-        if self.training and len(x) > self.most: raise torch.OutOfMemoryError("injected")
+        if self.training and len(x) > self.most:
+            raise torch.OutOfMemoryError("injected")
         return self.net(x)
 
 
@@ -297,20 +359,28 @@ def cramped(folder):
         t = trainer(GROWING, Cramped(10 if int(os.environ.get("RANK", 0)) == 1 else 10**6))
         t.micro_batch.tries_memory = True
         history = t.fit()
-        if t.world.rank == 0: torch.save([weights(t.model), [r["micro_batch"] for r in history]], f"{folder}/{t.world.size}.pt")
+        if t.world.rank == 0:
+            torch.save([weights(t.model), [r["micro_batch"] for r in history]], f"{folder}/{t.world.size}.pt")
 
 
 def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path):
-    for size in (1, 2): together(size, cramped, str(tmp_path))
+    for size in (1, 2):
+        together(size, cramped, str(tmp_path))
     (whole, as_asked), (halved, used) = (torch.load(tmp_path / f"{size}.pt") for size in (1, 2))
-    assert as_asked == [16, 16, 32, 32] and used == [8, 8, 8, 8]  # 16 over two is 8; the stage of 32 does not fit with 16
+    assert as_asked == [16, 16, 32, 32] and used == [
+        8,
+        8,
+        8,
+        8,
+    ]  # 16 over two is 8; the stage of 32 does not fit with 16
     assert torch.allclose(whole, halved, rtol=1e-9, atol=1e-12)
 
 
 def test_not_even_one_sample_fits():
     t = trainer(GROWING, Cramped(0))
     t.micro_batch.tries_memory = True
-    with pytest.raises(MemoryError, match="not even one sample"): t.fit()
+    with pytest.raises(MemoryError, match="not even one sample"):
+        t.fit()
 
 
 def test_trying_a_batch_leaves_no_trace():
@@ -326,7 +396,14 @@ def test_accumulating_keeps_no_more_however_large_the_batch():
     kept = {}
     for batch in (2048, 524_288):
         images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8).expand(batch, -1, -1, -1)
-        data = Images((images, torch.zeros(batch, dtype=torch.int64)), (images[:4], torch.zeros(4, dtype=torch.int64)), (0,), (1,), 2, pad=0)
+        data = Images(
+            (images, torch.zeros(batch, dtype=torch.int64)),
+            (images[:4], torch.zeros(4, dtype=torch.int64)),
+            (0,),
+            (1,),
+            2,
+            pad=0,
+        )
         now, most = 0, 0
 
         def keep(t):
@@ -339,8 +416,14 @@ def test_accumulating_keeps_no_more_however_large_the_batch():
             nonlocal now
             now -= t.numel() * t.element_size()
             return t
+
         with torch.autograd.graph.saved_tensors_hooks(keep, give):
-            trainer(fixed(batch, lr=0.1, epochs=1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), data, micro_batch=2048).fit()
+            trainer(
+                fixed(batch, lr=0.1, epochs=1),
+                torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)),
+                data,
+                micro_batch=2048,
+            ).fit()
         kept[batch] = most
     print(f"most bytes kept for backward: {kept}")
     assert kept[2048] == kept[524_288] > 0
@@ -358,10 +441,13 @@ def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     images = t.data.inner.crops.data_ptr()
     history = t.fit()
     assert t.data.inner.crops.data_ptr() == images
-    for epoch in range(4): assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(1437))
+    for epoch in range(4):
+        assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(1437))
     assert [r["batch_size"] for r in history] == [16, 16, 32, 32]
     dropped = trainer(GROWING).fit()
-    assert [r["left_out"] for r in dropped] == [1437 % 16, 1437 % 16, 1437 % 32, 1437 % 32] and {r["left_out"] for r in history} == {0}
+    assert [r["left_out"] for r in dropped] == [1437 % 16, 1437 % 16, 1437 % 32, 1437 % 32] and {
+        r["left_out"] for r in history
+    } == {0}
 
 
 def test_warmup_moves_the_learning_rate_update_by_update():
@@ -383,9 +469,12 @@ def test_precisions_run():
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"): engine.check_device("cuda:77")
-    with pytest.raises(ValueError, match="unknown device 'gpu'"): engine.check_device("gpu")
-    with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"): trainer(fixed(2048, lr=0.1))
+    with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"):
+        engine.check_device("cuda:77")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"):
+        engine.check_device("gpu")
+    with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"):
+        trainer(fixed(2048, lr=0.1))
 
 
 def synchronised(folder):
@@ -397,6 +486,7 @@ def synchronised(folder):
         def count(state, bucket):
             exchanges.append(bucket.index())
             return allreduce_hook(None, bucket)
+
         t.step.net.register_comm_hook(None, count)
         t.fit()
         assert exchanges.count(0) == 2, exchanges
@@ -406,7 +496,8 @@ def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
     together(2, synchronised, str(tmp_path))
 
 
-# --- compiled ----------------------------------------------------------------------------------------------------------
+# --- compiled
+
 
 def losses_of(t):
     "The loss of each update of a training."
@@ -422,7 +513,8 @@ def compiled(folder):
         for compile in (False, True):
             t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), data=Watched(240), compile=compile)
             losses[compile] = losses_of(t), weights(t.model)
-        if t.world.rank == 0: torch.save(losses, f"{folder}/{t.world.size}.pt")
+        if t.world.rank == 0:
+            torch.save(losses, f"{folder}/{t.world.size}.pt")
 
 
 @pytest.mark.parametrize("processes", [1, 2])

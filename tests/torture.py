@@ -1,6 +1,7 @@
 """Runs killed at named and at random moments, several times over: `make torture`.
 
 All must end in the record of a run that was left alone. Too long for the normal run."""
+
 import random
 import shutil
 import sys
@@ -19,8 +20,10 @@ ENDINGS = {"fsync": [".pt.partial"], "replace": [".pt", ".pt.previous"]}
 def moment(rng, length):
     "A named moment, as `make` takes it, or seconds."
     kind = rng.randrange(8)
-    if kind == 0: return rng.choice([("fsync", ".npz.partial", 1), ("replace", ".npz", 1)])
-    if kind > 3: return rng.uniform(0.05, 0.8) * length
+    if kind == 0:
+        return rng.choice([("fsync", ".npz.partial", 1), ("replace", ".npz", 1)])
+    if kind > 3:
+        return rng.uniform(0.05, 0.8) * length
     name = rng.choice(list(ENDINGS))
     return name, rng.choice(ENDINGS[name]), rng.randint(2, 6)
 
@@ -29,7 +32,8 @@ def kill(folder, when):
     "Begin the run and kill it at that moment. Was it still alive?"
     child = start(make, folder, when if isinstance(when, tuple) else None)
     deadline = time.monotonic() + (30 if isinstance(when, tuple) else when)
-    while child.is_alive() and time.monotonic() < deadline and not (folder / "paused").exists(): time.sleep(0.002)
+    while child.is_alive() and time.monotonic() < deadline and not (folder / "paused").exists():
+        time.sleep(0.002)
     alive = child.is_alive()
     child.kill()
     child.join()
@@ -46,14 +50,19 @@ def main(kills=200):
     while done < kills:
         folder = root / "killed"
         folder.mkdir()
-        moments = [moment(rng, length) for _ in range(min(kills - done, rng.randint(1, 4)))]  # of the same run, one after another
+        moments = [
+            moment(rng, length) for _ in range(min(kills - done, rng.randint(1, 4)))
+        ]  # of the same run, one after another
         alive += sum(kill(folder, when) for when in moments)
         done += len(moments)
         differs = record.differences(whole, finished(folder))
-        if differs: print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
+        if differs:
+            print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
         differ += bool(differs)
         shutil.rmtree(folder)
-        print(f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True)
+        print(
+            f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True
+        )
     shutil.rmtree(root)
     return 1 if differ else 0
 
