@@ -18,7 +18,7 @@ from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve
 from .loader import Plan
 from .schedule import Schedule, fixed
 from .train import device_name, make_trainer
-from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory
+from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory, prepare
 
 # %% ../nbs/11_forecast.ipynb #6ab7a5cb
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def samples_per_second(
         data.train_size = batch_size * updates
         trainer.plan = Plan(fixed(batch_size, lr, epochs=1), data.train_size)
         trainer.state = State(EpochSums(trainer.device))
-        if batch_size not in trainer.micro_batch.sizes: trainer.prepare()
+        if batch_size not in trainer.micro_batch.sizes: prepare(trainer)
         trainer.train_epoch(lambda updates: None)
         return data.train_size / trainer.state.sums.seconds[-1]
     finally: trainer.plan, trainer.state, data.train_size = plan, state, whole

@@ -21,7 +21,7 @@ from . import record
 from .data import load_data
 from .experiment import GRIDS, Experiment, Run, add_options, exit_code, overrides, recipe, resolve
 from .train import commit, device_name, environment, existing, make_trainer, train
-from .trainer import PRECISIONS, Interrupted, Trainer, best_device, device_settings, synchronize
+from .trainer import PRECISIONS, Interrupted, Trainer, best_device, device_settings, prepare, synchronize
 
 # %% ../nbs/12_gpu.ipynb #e878fcf0
 Change = list[torch.Tensor]  # of each parameter over a training, float64 on the CPU
@@ -210,7 +210,7 @@ def _one_stage(model, device, batch_size, updates, precision="fp32", **settings)
 def _epoch_seconds(trainer) -> tuple[float, list[float]]:
     "Seconds of one epoch by a synchronised clock, and the trainer's own: of its phases, and of everything."
     with device_settings(trainer.device, trainer.precision):
-        trainer.prepare()
+        prepare(trainer)
         begin = time.perf_counter()
         trainer.train_epoch(lambda updates: None)
         synchronize(trainer.device)

@@ -141,7 +141,7 @@ def trial_of_two():
         t.step.net.register_comm_hook(None, exchange)
         t.step.net.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
         t.micro_batch.tries_memory = True
-        t.prepare()
+        engine.prepare(t)
         assert forwards == [16, 16] and exchanged == [], (forwards, exchanged)
 
 
@@ -202,7 +202,7 @@ def test_a_batch_that_did_not_fit_is_not_kept_during_the_next_try():
 
     t = trainer(GROWING, Cramped())
     t.micro_batch.tries_memory = True
-    t.prepare()
+    engine.prepare(t)
     assert len(kept) == 2  # 32, 16; the next stage begins with the limit found
 
 
