@@ -274,19 +274,24 @@ def test_mps_is_waited_for_before_the_clock_is_read(monkeypatch):
 # --- a second signal (8)
 
 
-def hang():
+def hang(ready):
     with engine.deferred_signals():
-        print("ready", flush=True)
+        ready.touch()
         while True:
             time.sleep(0.05)
 
 
-def test_a_second_signal_ends_a_hung_update():
-    child = start(hang)
-    time.sleep(2)
-    os.kill(child.pid, signal.SIGTERM)
-    child.join(1.5)
-    assert child.is_alive()  # the first is left to the trainer
-    os.kill(child.pid, signal.SIGTERM)
-    child.join(20)
-    assert child.exitcode == -signal.SIGTERM
+def test_a_second_signal_ends_a_hung_update(tmp_path):
+    child = start(hang, tmp_path / "ready")
+    try:
+        while not (tmp_path / "ready").exists():
+            assert child.is_alive()
+            time.sleep(0.02)
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(1.5)
+        assert child.is_alive()  # the first is left to the trainer
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(20)
+        assert child.exitcode == -signal.SIGTERM
+    finally:
+        child.kill()
