@@ -123,6 +123,7 @@ def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(t
     for job in (first, second):
         wait_for(job.done, 240)
     assert "Requeued job" in first.stdout() and "this job is preempted" in first.stderr()
+    assert "stopped by SIGTERM" in first.stdout()  # with a checkpoint of that moment: SIGUSR2 did not kill the training
     assert "complete" in first.result() and "complete" in second.result()
     for run in runs:
         left_alone = train.run(replace(run.experiment, output_dir=str(tmp_path / "whole")))
