@@ -1,5 +1,6 @@
 """Faults from outside: what is killed, taken away, full or set otherwise leaves a whole record or one clear line."""
 
+import contextlib
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from test_record import save
 
 from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
-from adabatch.files import atomic_write, load_checkpoint, load_weights, save_checkpoint
+from adabatch.files import atomic_write, load_checkpoint, load_weights, lock, save_checkpoint
 from adabatch.train import Progress, evaluate_weights, run, weights_path
 
 LONG = [
@@ -67,12 +68,14 @@ def using(folder):
     return found
 
 
-def holds_files(pid):
-    "A process that is being killed has no command line any more while its lock is still held."
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+def wait_until_free(path, seconds=30):
+    "The last thread of a killed process frees its memory before it lets go of its lock."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError), lock(path):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{path} is still locked")
 
 
 def end_within(folder, seconds):
@@ -186,17 +189,16 @@ def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_mic
         child = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
-        wait_for(folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt", child)
+        checkpoint = folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
+        wait_for(checkpoint, child)
         time.sleep(rng.uniform(0, 0.5))
-        killed = {child.pid, *using(folder)}
-        for pid in killed:  # as when the power goes
+        for pid in {child.pid, *using(folder)}:  # as when the power goes
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
         child.wait()
-        while any(holds_files(pid) for pid in killed):
-            time.sleep(0.01)
+        wait_until_free(checkpoint.with_suffix(".npz"))
         again = run(replace(base, output_dir=str(folder), **change))
         assert again.environment["restarts"] >= 1
         for name in ("lr", "batch_size", "updates", "samples", "left_out"):
