@@ -164,10 +164,10 @@ def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path,
     other = resolve(e).path.with_suffix(".pt")
     other.write_bytes(other.read_bytes()[:100])
     assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "carrying on" in capsys.readouterr().out
-    interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
     other.unlink()  # killed between the two renames
     run(replace(e, micro_batch=9))
     assert "carrying on" in capsys.readouterr().out
+    interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
     own = resolve(replace(e, micro_batch=5)).path.with_suffix(".pt")
     own.rename(f"{own}.previous")  # killed between the two renames
     run(replace(e, micro_batch=5))

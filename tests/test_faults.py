@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,19 +31,19 @@ LONG = [
     "--every",
     "100",
     "--batch_size",
-    "64",
+    "4",
     "--max_batch_size",
-    "64",
+    "4",
     "--device",
     "cpu",
     "--checkpoint_minutes",
     "0",
-]
+]  # an epoch takes a minute: within it nothing is printed that would fail for want of a reader
 
 
 def launched(folder, *options):
     "A launcher of two processes, in a session of its own, and the path of its checkpoint."
-    name = "digits/alexnet/adabatch-64-64-epochs500-every100-x2-seed0.pt"
+    name = "digits/alexnet/adabatch-4-4-epochs500-every100-x2-seed0.pt"
     command = [sys.executable, "-m", "adabatch.train", *LONG, "--processes", "2", "--output_dir", str(folder), *options]
     child = subprocess.Popen(
         command,
@@ -78,6 +79,15 @@ def wait_until_free(path, seconds=30):
     pytest.fail(f"{path} is still locked")
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path):
+    "A test that fails leaves no process behind."
+    yield
+    for pid in using(tmp_path):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def end_within(folder, seconds):
     begin = time.monotonic()
     while using(folder):
@@ -99,7 +109,7 @@ def test_a_launcher_that_is_killed_takes_its_processes_along_and_loses_little(tm
     assert len(using(tmp_path)) == 4  # launcher, torchrun, two processes
     child.kill()
     child.wait()
-    print(f"ended {end_within(tmp_path, 60):.1f} s after the kill")
+    print(f"ended {end_within(tmp_path, 15):.1f} s after the kill")
     assert load_checkpoint(checkpoint)["update"] > 0 or load_checkpoint(checkpoint)["epoch"] > 0
 
 
@@ -111,7 +121,7 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
     os.kill(int(torchrun), signal.SIGKILL)
     output = child.communicate(timeout=90)[0]
     assert child.returncode == 1 and "failed with exit code -9" in output
-    end_within(tmp_path, 30)
+    end_within(tmp_path, 15)
 
 
 @needs_proc
@@ -127,8 +137,23 @@ def test_a_second_interrupt_ends_at_once(tmp_path, processes):
         child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     assert child.returncode not in (0, None)
-    end_within(tmp_path, 60)
+    end_within(tmp_path, 15)
     assert load_checkpoint(checkpoint) is not None
+
+
+def test_a_second_interrupt_closes_the_pipe_that_the_processes_watch():
+    stubborn = "import signal, sys; signal.signal(2, signal.SIG_IGN); print('ready', flush=True)"
+    stubborn += "; sys.stdin.read(); print('closed')"
+    child = subprocess.Popen(
+        [sys.executable, "-c", stubborn], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    timers = [threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]) for seconds in (1, 2)]
+    timers.append(threading.Timer(20, child.kill))  # where it is not closed
+    for timer in timers:
+        timer.start()
+    lines, interrupted = train._pass_on(child)
+    timers[-1].cancel()
+    assert interrupted and lines == ["ready\n", "closed\n"]
 
 
 @needs_proc
@@ -152,7 +177,7 @@ def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    wait_for(tmp_path / "digits/alexnet/adabatch-64-64-epochs500-every100-x2-seed0.pt", child)
+    wait_for(tmp_path / "digits/alexnet/adabatch-4-4-epochs500-every100-x2-seed0.pt", child)
     kernels = [
         int(pid)
         for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
@@ -161,7 +186,7 @@ def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
     for pid in kernels:
         os.kill(pid, signal.SIGKILL)
     assert len(kernels) == 1 and "Kernel died" in child.communicate(timeout=120)[0] and child.returncode
-    end_within(tmp_path, 60)
+    end_within(tmp_path, 15)
 
 
 @needs_proc
