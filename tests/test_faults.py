@@ -145,7 +145,11 @@ def test_a_second_interrupt_closes_the_pipe_that_the_processes_watch():
     stubborn = "import signal, sys; signal.signal(2, signal.SIG_IGN); print('ready', flush=True)"
     stubborn += "; sys.stdin.read(); print('closed')"
     child = subprocess.Popen(
-        [sys.executable, "-c", stubborn], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", stubborn],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     timers = [threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT]) for seconds in (1, 2)]
     timers.append(threading.Timer(20, child.kill))  # where it is not closed
