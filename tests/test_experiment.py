@@ -177,6 +177,7 @@ def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path,
 def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have brought it: no notebook here
     progress = train.Progress(resolve(Experiment(device="cpu")))
     row = dict(batch_size=16, lr=0.02, train_loss=1, test_error=50, train_seconds=3000, test_seconds=600)
     for update in range(1, 91):
