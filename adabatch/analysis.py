@@ -553,7 +553,7 @@ def plot_comparisons(
     rows: tuple[str, ...] = ("epochs", "updates"),  # what a row of panels is over
 ):
     "A column a comparison, a row for epochs, one for updates. Returns the matplotlib figure; None without comparisons."
-    import matplotlib.pyplot as plt
+    plt = record.pyplot()
     if not there: return None
     size = max(7, 4.2 * len(there)), 0.9 + 2.85 * len(rows)
     fig, axes = plt.subplots(len(rows), len(there), figsize=size, layout="constrained", squeeze=False, sharey="col")
@@ -574,7 +574,7 @@ def first_figure(evidence: Evidence) -> list[Comparison]:
 # %% ../nbs/10_analysis.ipynb #1a6133c3
 def plot_arms(evidence: Evidence, dataset: str, model: str):
     "Training loss and test error over epochs, test error over updates: a line an arm. Returns the matplotlib figure."
-    import matplotlib.pyplot as plt
+    plt = record.pyplot()
     keys = [key for key in sorted(evidence.runs) if key[:2] == (dataset, model)]
     fig, axes = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     panels = ("train_loss", "epochs"), ("test_error", "epochs"), ("test_error", "updates")
@@ -593,7 +593,7 @@ def plot_speed(
     title: str,
 ):
     "Bars: seconds of the forward and backward passes, each with its speed-up over the first. Returns the figure."
-    import matplotlib.pyplot as plt
+    plt = record.pyplot()
     fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
     x = np.arange(len(rows))
     for k, name in enumerate(("forward", "backward")):

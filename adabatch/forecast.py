@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROUNDS', 'VISIT_SECONDS', 'HARDLY', 'OPTIONS', 'Rounds', 'Measurement', 'predict', 'samples_per_second', 'measure',
            'noise', 'saturation', 'faster_micro_batch', 'has_batch_norm', 'advice', 'both', 'trainer_on_noise',
-           'rate_table', 'duration', 'main']
+           'rate_table', 'main']
 
 # %% ../nbs/11_forecast.ipynb #3500562d
 import argparse, statistics, sys, time
@@ -17,7 +17,7 @@ from .data import Images, load_data
 from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve, training_samples
 from .loader import Plan
 from .schedule import Schedule, fixed
-from .train import device_name, make_trainer
+from .train import device_name, duration, make_trainer
 from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory, prepare
 
 # %% ../nbs/11_forecast.ipynb #6ab7a5cb
@@ -198,11 +198,6 @@ def rate_table(measurement: Measurement, batch_sizes: list[int], samples: int) -
     return "\n".join(lines)
 
 # %% ../nbs/11_forecast.ipynb #8e7acf87
-def duration(seconds: float) -> str:
-    "Hours, minutes and seconds."
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
-
 def _comparison(runs, samples, measurement):
     "The time of each schedule, and the speed-up."
     times = [predict(run.schedule, samples, measurement, run.experiment.drop_last) for run in runs]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from . import record
 from .data import load_data
 from .experiment import GRIDS, Experiment, Run, add_options, exit_code, overrides, recipe, resolve
+from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
 from .trainer import PRECISIONS, Interrupted, Trainer, best_device, device_settings, prepare, synchronize
 
@@ -178,12 +179,10 @@ def spend(
 
 def pack(output_dir: str, archive: str):
     "One file, whole at every moment, with all records and checkpoints; the weights are left out."
-    partial = f"{archive}.partial"
     paths = [p for pattern in ("*.npz", "*.pt") for p in Path(output_dir).rglob(pattern)]
-    with tarfile.open(partial, "w") as tar:
+    with atomic_write(archive) as f, tarfile.open(fileobj=f, mode="w") as tar:
         for path in sorted(paths):
             if not path.name.endswith(".weights.pt"): tar.add(path, path.relative_to(output_dir))
-    os.replace(partial, archive)
 
 # %% ../nbs/12_gpu.ipynb #6c78a8e9
 def _describe(device):

@@ -15,7 +15,7 @@ from pathlib import Path
 from . import record
 from .experiment import GRIDS, Run, add_options, arguments, choose, exit_code, overrides, select
 from .files import load_checkpoint, lock
-from .train import HERE, checkpoint_path, existing, raise_interrupt
+from .train import HERE, checkpoint_path, duration, existing, raise_interrupt
 
 # %% ../nbs/09_sweep.ipynb #51a94d4b
 NOTEBOOK = HERE.parent / "nbs" / "run.ipynb"
@@ -52,8 +52,6 @@ def table(runs: list[Run], executor: str, note: Callable = lambda run: "") -> st
     rows = [f"{run.path.as_posix():{width}s}  {found}{text if todo else ''}"
             for run, found, text, todo in zip(runs, states, notes, left)]
     return "\n".join([*rows, f"{len(runs)} runs, {sum(left)} left to do"])
-
-def _duration(seconds): return f"{seconds // 3600:.0f}:{seconds % 3600 // 60:02.0f}:{seconds % 60:02.0f}"
 
 # %% ../nbs/09_sweep.ipynb #107f0324
 class Sweep:
@@ -102,9 +100,9 @@ class Sweep:
                 for n, (run, outcome) in enumerate(zip(self.runs, outcomes), 1):
                     made += outcome is not None
                     elapsed = time.monotonic() - begin
-                    left = f", about {_duration(elapsed / made * (total - n))} left" if made and n < total else ""
+                    left = f", about {duration(elapsed / made * (total - n))} left" if made and n < total else ""
                     print(f"[{n}/{total}] {run.path.as_posix()}: {outcome or 'is there already'}  "
-                          f"[{_duration(elapsed)}{left}]", flush=True)
+                          f"[{duration(elapsed)}{left}]", flush=True)
             except KeyboardInterrupt:
                 self.stopped = True
                 for child in list(self.children): child.send_signal(signal.SIGINT)
