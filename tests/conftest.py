@@ -11,7 +11,8 @@ import torch
 
 from adabatch import train
 
-torch.set_num_threads(1)  # the networks of the tests are too small to be worth more
+os.environ["OMP_NUM_THREADS"] = "1"  # in every process that a test starts: rounding depends on the number of threads
+torch.set_num_threads(1)
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._dynamo"])
 
@@ -25,7 +26,6 @@ def small(dtype=torch.float32):
 
 
 def _enter(function, rank, size, port, args):
-    torch.set_num_threads(1)
     if size > 1:
         os.environ |= dict(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)

@@ -76,7 +76,7 @@ def node(rank, port, folder):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
     )
 
 

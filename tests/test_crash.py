@@ -115,7 +115,6 @@ def torchrun(folder, *options, **kwargs):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         **kwargs,
     )
 

@@ -51,7 +51,6 @@ def launched(folder, *options):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     return child, Path(folder, name)
 
@@ -178,9 +177,7 @@ def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
         "output_dir",
         str(tmp_path),
     ]
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(tmp_path / "digits/alexnet/adabatch-4-4-epochs500-every100-x2-seed0.pt", child)
     kernels = [
         int(pid)
@@ -215,9 +212,7 @@ def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_mic
     for k, change in enumerate((dict(processes=1), dict(processes=1, micro_batch=24))):
         folder = tmp_path / str(k)
         command = [sys.executable, "-m", "adabatch.train", *short, "--processes", "2", "--output_dir", str(folder)]
-        child = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         checkpoint = folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
         wait_for(checkpoint, child)
         time.sleep(rng.uniform(0, 0.5))
