@@ -7,12 +7,12 @@ __all__ = ['Key', 'TIMING', 'STEPS', 'COUNTED', 'FIRST', 'COLUMNS', 'STYLES', 'T
            'collect', 'interval', 'judge', 'Comparison', 'comparisons', 'markdown', 'spread', 'links', 'notebooks',
            'sources', 'arms_table', 'by_setup', 'timing_table', 'best_of_table', 'large_batch_table', 'Claim',
            'claims_table', 'error_claim', 'error_claims', 'updates_claim', 'effective_rate_claim', 'speed_claim',
-           'no_convergence_claim', 'flattens_claim', 'found_claims', 'answers', 'decided_otherwise', 'planned',
-           'coverage', 'seconds_per_sample', 'not_run', 't4_table', 'plot_comparisons', 'first_figure', 'plot_arms',
-           'plot_speed', 'results', 'write_between', 'render', 'main']
+           'no_convergence_claim', 'flattens_claim', 'found_claims', 'time_saved', 'answers', 'decided_otherwise',
+           'planned', 'coverage', 'seconds_per_sample', 'not_run', 't4_table', 'plot_comparisons', 'first_figure',
+           'plot_arms', 'plot_speed', 'results', 'write_between', 'render', 'main']
 
 # %% ../nbs/10_analysis.ipynb #22e98414
-import argparse, sys
+import argparse, json, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Evidence:
     "The records of a folder, and what had to be left out."
     runs: dict[Key, dict[int, Record]]  # the records of an arm by their seeds
     left_out: list[str]  # a line for each
+    benchmark: dict | None = None  # the raw numbers of `make bench` in that folder
 
     def __getitem__(self, key: Key) -> list[Record]: return list(self.runs.get(key, {}).values())
 
@@ -51,7 +52,7 @@ def _objection(path, run, found):
     return "" if found.as_configured else "not all epochs were divided as the arm says"
 
 def collect(output_dir: str | Path) -> Evidence:
-    "All records under `<output_dir>/<dataset>/<model>/`; of an absent folder, none."
+    "All records under `<output_dir>/<dataset>/<model>/`, and the benchmark beside them; of an absent folder, none."
     runs, left_out = {}, []
     for path in sorted(Path(output_dir).glob("*/*/*.npz")):
         try:
@@ -60,7 +61,13 @@ def collect(output_dir: str | Path) -> Evidence:
         except (ValueError, TypeError, KeyError): objection = "damaged, or no record of an experiment"
         if objection: left_out.append(f"{path.relative_to(output_dir).as_posix()}: {objection}")
         else: runs.setdefault((path.parts[-3], run.experiment.model, run.arm), {})[run.experiment.seed] = found
-    return Evidence({key: dict(sorted(by_seed.items())) for key, by_seed in runs.items()}, left_out)
+    benchmark = _benchmark(Path(output_dir, "benchmark.json"), left_out)
+    return Evidence({key: dict(sorted(by_seed.items())) for key, by_seed in runs.items()}, left_out, benchmark)
+
+def _benchmark(path, left_out):
+    if not path.exists(): return None
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError: left_out.append(f"{path.name}: damaged")
 
 # %% ../nbs/10_analysis.ipynb #5a6273e4
 def interval(
@@ -372,8 +379,21 @@ def found_claims(evidence: Evidence) -> list[Claim]:
 # %% ../nbs/10_analysis.ipynb #bbadf852
 def _names(claims): return ", ".join(claim.text.split(":")[0] for claim in claims) or "none"
 
+def time_saved(evidence: Evidence) -> str:
+    "What the benchmark saw of the training times of both schedules."
+    if not evidence.benchmark: return "Not shown: `make bench` has not been run on a machine with nothing else to do."
+    ratios = []
+    for network, times in evidence.benchmark["schedules"].items():
+        fixed, growing = np.array(times["seen"])
+        ratios.append(f"{network} {fixed.sum() / growing.sum():.2f} times as fast ({len(fixed)} epochs of "
+                      f"{times['samples']:,} images, by epoch {(fixed / growing).min():.2f} to "
+                      f"{(fixed / growing).max():.2f})")
+    machine = evidence.benchmark["machine"]
+    return (f"Along a short schedule from the smallest to the largest batch, on {machine['device']}: "
+            f"{'; '.join(ratios)}. One benchmark run with nothing beside; the times of the records support no claim.")
+
 def answers(evidence: Evidence) -> str:
-    "Does AdaBatch end where the small batch ends, how many updates does it save, where does it not help? Markdown."
+    "Does AdaBatch end where the small batch ends, how many updates and how much time does it save, where does it fail?"
     claims = found_claims(evidence)
     if not claims: return "Nothing was run yet: *Not run yet*, below, has the commands."
     within = [claim for claim in claims if claim.kind == "within"]
@@ -383,13 +403,10 @@ def answers(evidence: Evidence) -> str:
         said[{"holds": "yes", "fails": fails}.get(claim.verdict, "not decided")] += (claim,)
     ends = "; ".join(f"*{answer}:* {_names(group)}" for answer, group in said.items() if group)
     saved = "; ".join(f"{claim.text.split(':')[0]}, {claim.measured}" for claim in claims if claim.kind == "updates")
-    gpu = [r for key in evidence.runs for r in evidence[key] if r.environment["clock"] == "CUDA events"]
-    time = "" if gpu else (" Whether fewer updates also save time is not shown: no run was made on a GPU, "
-                           "and times of a CPU shared with other work support no claim.")
     return (f"- **Does AdaBatch end where the small batch ends, within one point?** {ends}.\n"
             f"- **How many updates does it save?** {saved}.\n"
-            "- **Where does it not help?** It ends more than one point higher: "
-            f"{_names(said['no, it ends higher'])}.{time}")
+            f"- **Does that save time?** {time_saved(evidence)}\n"
+            f"- **Where does it not help?** It ends more than one point higher: {_names(said['no, it ends higher'])}.")
 
 def decided_otherwise(evidence: Evidence) -> str:
     "The claims whose verdict Welch's interval would change where the paired one decides."
@@ -443,8 +460,7 @@ def seconds_per_sample(evidence: Evidence, dataset: str, model: str) -> tuple[fl
     found = [r for key in same for r in evidence[key]]
     if not found: return None
     device = found[0].environment["device"]
-    costs = [(r.train_seconds.sum() + r.test_seconds.sum()) / r.samples.sum() for r in found
-             if r.environment["device"] == device]
+    costs = [r.seconds_per_sample for r in found if r.environment["device"] == device]
     data = ", ".join(sorted({key[0] for key in same}))
     return float(np.median(costs)), f"{device}, from records of {data}"
 

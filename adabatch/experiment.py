@@ -194,6 +194,8 @@ def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
     if "WORLD_SIZE" not in os.environ: check_device(e.device)
     elif e.processes != _started(): raise ValueError(f"processes is {e.processes}, but torchrun started {_started()}")
+    if e.precision == "tf32" and not e.device.startswith("cuda"):
+        raise ValueError(f"tf32 is a precision of NVIDIA GPUs, not of {e.device}: give precision fp32")
     if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
         raise ValueError("bf16 on a CPU without AMX is far slower than fp32: give precision fp32")
 
@@ -211,7 +213,10 @@ def _epochs(text):
     try: return [int(part) for part in text.split(",")]
     except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {_shown(text)}") from None
 
-def resolve(experiment: Experiment) -> Run:
+def resolve(
+    experiment: Experiment,
+    here: bool = True,  # check that this machine can run it; not if it will run on another
+) -> Run:
     "Fill in the recipe's values and check everything. TypeError or ValueError, in one line."
     for name in FIELDS: _check_type(name, getattr(experiment, name))
     e = replace(experiment, model=model_name(experiment.model))
@@ -228,7 +233,7 @@ def resolve(experiment: Experiment) -> Run:
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
-    _check_here(e)
+    if here: _check_here(e)
     return Run(e, make_schedule(e))
 
 # %% ../nbs/07_experiment.ipynb #a2e83778
@@ -280,6 +285,7 @@ def select(
     seeds: int = 1,  # runs of every arm
     dataset: str | None = None,  # only the arms on it
     model: str | None = None,  # only the arms of it
+    here: bool = True,  # as for `resolve`
     **settings,  # other fields of `Experiment`, for every arm
 ) -> list[Run]:
     "The runs of a grid: the first seed of every arm, then the second. ValueError, TypeError in one line."
@@ -287,7 +293,7 @@ def select(
     seeds = whole_number("seeds", seeds, most=1000)
     arms = [e for e in GRIDS[grid] if dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)]
     if not arms: raise ValueError(f"no arm of the grid {grid} is of model {model} and dataset {dataset}")
-    return [resolve(replace(e, seed=e.seed + k, resume="own", **settings)) for k in range(seeds) for e in arms]
+    return [resolve(replace(e, seed=e.seed + k, resume="own", **settings), here) for k in range(seeds) for e in arms]
 
 # %% ../nbs/07_experiment.ipynb #7a0ce711
 def _boolean(text):

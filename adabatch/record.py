@@ -44,6 +44,11 @@ class Record:
         return float(self.samples.sum() / self.train_seconds.sum())
 
     @property
+    def seconds_per_sample(self) -> float:
+        "Of the whole run, tests included, for each training sample."
+        return float((self.train_seconds.sum() + self.test_seconds.sum()) / self.samples.sum())
+
+    @property
     def as_configured(self) -> bool:
         "Were all epochs run with the processes and the micro-batch that were asked for?"
         processes, micro_batch = self.config["processes"], self.config["micro_batch"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HERE', 'LAUNCHED', 'GRACE_SECONDS', 'existing', 'checkpoint_path', 'weights_path', 'identity', 'claim', 'commit',
            'device_name', 'environment', 'make_trainer', 'train', 'run', 'end_with_launcher', 'raise_interrupt',
-           'launch', 'Silent', 'duration', 'Progress', 'evaluate_weights', 'main']
+           'which_signal', 'launch', 'Silent', 'duration', 'Progress', 'evaluate_weights', 'main']
 
 # %% ../nbs/08_train.ipynb #8005049d
 import argparse, contextlib, json, os, platform, select, signal, subprocess, sys, threading, time
@@ -42,18 +42,29 @@ def identity(run: Run) -> dict:
     "The settings that a checkpoint must share to be carried on."
     return {n: v for n, v in run.config.items() if n not in DIVISION}
 
+def _same_run(run, checkpoint):
+    "What a checkpoint holds if it is of the same experiment; None if it is of another, damaged or gone."
+    with contextlib.suppress(ValueError):
+        state = load_checkpoint(checkpoint)
+        if state and json.loads(state["identity"]) == identity(run): return state
+    return None
+
 def _adopt(run):
     "Copy the checkpoint of the same experiment that was interrupted under other processes or another micro-batch."
     own = checkpoint_path(run)
     if run.experiment.resume == "own" or checkpoint_files(own): return
     found = [p for end in ("", ".previous") for p in own.parent.glob(f"*-seed{run.experiment.seed}.pt{end}")]
     for other in sorted({Path(str(p).removesuffix(".previous")) for p in found}):
-        with contextlib.suppress(ValueError), lock(other.with_suffix(".npz")):
-            state = load_checkpoint(other)
-            if state and json.loads(state["identity"]) == identity(run):
-                save_checkpoint(own, state)
-                print(f"carrying on {other}, which was divided otherwise; remove it if it is not needed", flush=True)
-                return
+        if not _same_run(run, other): continue
+        try:
+            with lock(other.with_suffix(".npz")): state = _same_run(run, other)
+        except ValueError:
+            print(f"{other} is not carried on: another process is making it", flush=True)
+            continue
+        if not state: continue
+        save_checkpoint(own, state)
+        return print(f"carrying on from {other}, made with other processes or another micro_batch; delete it if it is "
+                     "no longer needed", flush=True)
 
 @contextlib.contextmanager
 def claim(run: Run, world: World) -> Iterator[Record | None]:
@@ -159,7 +170,7 @@ def run(
 
 # %% ../nbs/08_train.ipynb #a103eb71
 def _check_processes(run):
-    "ValueError if this machine is not made for so many."
+    "ValueError if this machine has fewer GPUs than processes, or far fewer cores."
     e, gpus, cores = run.experiment, torch.cuda.device_count(), os.cpu_count() or 1
     if e.device.startswith("cuda") and e.processes > gpus:
         raise ValueError(f"processes is {e.processes}, but this machine has {gpus} GPUs, and each process needs one")
@@ -183,12 +194,16 @@ def end_with_launcher():
     threading.Thread(target=watch, daemon=True).start()
 
 def raise_interrupt(signum, frame):
-    "A signal handler: SIGTERM means what Ctrl-C means."
-    raise KeyboardInterrupt
+    "A signal handler: SIGTERM stops as Ctrl-C does."
+    raise KeyboardInterrupt(signal.Signals(signum))
+
+def which_signal(stop: KeyboardInterrupt) -> signal.Signals:
+    "SIGTERM if `raise_interrupt` raised it, else SIGINT."
+    return stop.args[0] if stop.args else signal.SIGINT
 
 def launch(run: Run):
     """Train with torchrun on this machine. `Interrupted` if it was stopped, RuntimeError with the traceback if a
-    process failed, ValueError if the machine cannot hold so many."""
+    process failed, ValueError if this machine cannot hold that many processes."""
     _check_processes(run)
     processes = run.experiment.processes
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -202,23 +217,23 @@ def launch(run: Run):
         child.stdin.close()
         signal.signal(signal.SIGTERM, handler)
     if child.wait() == 0: return
-    if interrupted: raise Interrupted("stopped; the same command goes on from the last checkpoint", signal.SIGINT)
+    if interrupted: raise Interrupted("stopped; the same command goes on from the last checkpoint", interrupted)
     raise RuntimeError(f"a run of {processes} processes failed with exit code {child.returncode}:\n{_failure(lines)}")
 
 # %% ../nbs/08_train.ipynb #6553bdc7
 def _pass_on(child):
-    "Print what torchrun prints, until it ends. Its lines, and whether it was interrupted."
-    lines, interrupted = [], False
+    "Print what torchrun prints, until it ends. Its lines, and the signal that interrupted it, or None."
+    lines, interrupted = [], None
     while True:
         try:
             for line in child.stdout:
                 lines.append(line)
                 if not interrupted or line.startswith("stopped by"): print(line, end="", flush=True)
             return lines, interrupted
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if interrupted: child.stdin.close()  # asked twice: what has no checkpoint yet gets none
             else: child.send_signal(signal.SIGINT)  # torchrun passes it on; only what the trainer says is shown
-            interrupted = True
+            interrupted = interrupted or which_signal(stop)
 
 def _failure(lines):
     "What a failed run printed, from the first traceback or error on."

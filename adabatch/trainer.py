@@ -350,7 +350,7 @@ class State:
     restarts: int = 0
 
     def divided(self, processes: int, micro_batch: int):
-        "The updates that follow are divided so."
+        "Note how the updates that follow are divided; micro-batch 0 stands for several in one epoch."
         division = processes, micro_batch
         self.division = division if self.division in (None, division) else (processes, 0)
 

@@ -5,6 +5,7 @@
 import ast
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -39,6 +40,19 @@ def origin(label: str, source: str, datasets: list[str], up: str) -> dict:
     return markdown_cell(f"{{.origin}}\n[Cell that made this](#{label}) · Records: {records}")
 
 
+def link_from(
+    outputs: list[dict],  # of an executed cell, changed in place
+    folder: Path,  # of the executed notebook
+    page: Path,  # where it stands on the site
+):
+    "Make the links in the Markdown of outputs lead there from the page; the notebooks of single runs are not on it."
+    def moved(link): return f"]({Path(os.path.relpath(folder / link[1], page.parent)).as_posix()})"
+
+    for data in (o["data"] for o in outputs if "text/markdown" in o.get("data", ())):
+        text = re.sub(r"\[([^\]]*)\]\([^)\s]+\.ipynb\)", r"\1", "".join(data["text/markdown"]))
+        data["text/markdown"] = re.sub(r"\]\(([^)#:\s]+)\)", moved, text)
+
+
 def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
     "Write the notebooks, executed where `outputs/` has them executed. Returns the label of every code cell by its id."
     labels = {}
@@ -65,6 +79,7 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
             label = f"{page.stem}-{cell['id']}"
             if page.parent == Path("nbs"): labels[cell["id"]] = label
             metadata = {"tags": ["hide-input"]} if executed else {}
+            link_from(cell["outputs"], path.parent.relative_to(ROOT), page)
             cells += [markdown_cell(f"({label})="), {**cell, "metadata": metadata, "source": source}]
             if executed and any({"image/png", "text/markdown"} & set(o.get("data", ())) for o in cell["outputs"]):
                 cells.append(origin(label, source, datasets, "../" * len(page.parent.parts)))

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -162,6 +163,20 @@ def test_claims_are_made_of_what_was_run_only(tmp_path):
     assert verdicts == {"updates": "holds", "within": "fails", "rate": "holds"}
     assert claims["updates"].measured == "32 → 8: 4.0 times fewer"
     assert "It ends more than one point higher: alexnet on digits" in analysis.answers(collect(tmp_path))
+
+
+def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
+    make(tmp_path)
+    make(tmp_path, schedule="adabatch")
+    assert "Does that save time?** Not shown: `make bench`" in analysis.answers(collect(tmp_path))
+    times = dict(samples=1000, predicted=[[3.0], [2.0]], seen=[[2.0, 1.0], [1.0, 1.0]])
+    raw = dict(machine=dict(device="cpu (made up)"), schedules=dict(alexnet=times))
+    (tmp_path / "benchmark.json").write_text(json.dumps(raw))
+    answers = analysis.answers(collect(tmp_path))
+    assert "cpu (made up): alexnet 1.50 times as fast (2 epochs of 1,000 images, by epoch 1.00 to 2.00)" in answers
+    (tmp_path / "benchmark.json").write_text("{")
+    evidence = collect(tmp_path)
+    assert evidence.left_out == ["benchmark.json: damaged"] and "Not shown" in analysis.answers(evidence)
 
 
 def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):

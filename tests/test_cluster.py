@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import together
 
 from adabatch import record, sweep, train
@@ -181,3 +182,16 @@ def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
         cluster.submit(run)
     assert [job.run.experiment.device for job in kept[1::2]] == [None, "cpu"]
     assert [parameters["gpus_per_node"] for parameters in kept[::2]] == [1, 0]
+
+
+def test_the_login_node_need_not_be_able_to_run_what_it_submits(tmp_path, monkeypatch):
+    e = Experiment(precision="bf16", device="cuda:99", output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="cuda:99 is not there"):
+        resolve(e)
+    assert resolve(e, here=False).experiment.device == "cuda:99"
+    submitted = []
+    monkeypatch.setattr(sweep, "_on_cluster", lambda runs, options: submitted.extend(runs))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert sweep.main(["--executor", "slurm", "--grid", "digits", "--precision", "bf16"]) == 0
+    assert {run.experiment.precision for run in submitted} == {"bf16"}
+    assert sweep.main(["--executor", "process", "--grid", "digits", "--precision", "bf16", "--device", "cpu"]) == 2

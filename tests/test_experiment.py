@@ -13,7 +13,7 @@ from adabatch import experiment, record, sweep, train
 from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
 from adabatch.files import lock
 from adabatch.sweep import Sweep, state
-from adabatch.train import main, run
+from adabatch.train import duration, main, run
 from adabatch.trainer import Interrupted
 
 SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu", save_weights=False)
@@ -174,6 +174,23 @@ def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path,
     assert "carrying on" not in capsys.readouterr().out
 
 
+def test_a_run_cut_otherwise_that_is_still_being_made_is_not_carried_on_without_a_word(tmp_path, quick, capsys):
+    e = Experiment(output_dir=str(tmp_path), **SHORT)
+    interrupted(e)
+    with lock(resolve(e).path):  # as the process that makes it holds it
+        assert run(replace(e, micro_batch=7)).environment["restarts"] == 0
+    out = capsys.readouterr().out
+    assert f"{resolve(e).path.with_suffix('.pt')} is not carried on: another process is making it" in out
+
+
+def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
+    monkeypatch.setattr(train, "HERE", Path("/"))
+    monkeypatch.setenv("ADABATCH_COMMIT", "0123abc")
+    assert train.commit() == "0123abc"
+    monkeypatch.delenv("ADABATCH_COMMIT")
+    assert train.commit() == "unknown"
+
+
 def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
@@ -268,10 +285,14 @@ def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, c
     runs = [resolve(e) for e in bad + good]
     sweep = Sweep(runs, "process")
     assert sweep.table().endswith("2 runs, 2 left to do")
+    assert ", about " not in sweep.table()  # no record says how long a run takes
     assert sweep.run() == [runs[0].path]
     out = capsys.readouterr().out
     assert "FAILED" in out and "batch size 1,500 is larger" in out and "[2/2]" in out and "complete: test error" in out
-    assert Sweep(runs, "process").table().endswith("2 runs, 1 left to do")
+    table = Sweep(runs, "process").table().splitlines()
+    seconds = record.load(runs[1].path).seconds_per_sample * 1437 * 10  # of ten epochs
+    assert table[0].endswith(f"to do, about {duration(seconds)} in all") and table[1].endswith("complete")
+    assert table[2] == "2 runs, 1 left to do"
 
 
 def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):

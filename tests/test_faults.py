@@ -25,20 +25,8 @@ from adabatch.experiment import Experiment, resolve
 from adabatch.files import atomic_write, load_checkpoint, load_weights, lock, save_checkpoint
 from adabatch.train import Progress, evaluate_weights, run, weights_path
 
-LONG = [
-    "--epochs",
-    "500",
-    "--every",
-    "100",
-    "--batch_size",
-    "4",
-    "--max_batch_size",
-    "4",
-    "--device",
-    "cpu",
-    "--checkpoint_minutes",
-    "0",
-]  # an epoch takes a minute: within it nothing is printed that would fail for want of a reader
+LONG = "--epochs 500 --every 100 --batch_size 4 --max_batch_size 4 --device cpu --checkpoint_minutes 0".split()
+# an epoch takes a minute: within it nothing is printed that would fail for want of a reader
 
 
 def launched(folder, *options):
@@ -121,6 +109,21 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
     output = child.communicate(timeout=90)[0]
     assert child.returncode == 1 and "failed with exit code -9" in output
     end_within(tmp_path, 15)
+
+
+@needs_proc
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_answered_with_a_checkpoint_and_its_exit_code(tmp_path, processes, signum):
+    child, checkpoint = launched(tmp_path, "--processes", str(processes))
+    if processes == 1:
+        checkpoint = Path(str(checkpoint).replace("-x2", ""))
+    wait_for(checkpoint, child)
+    child.send_signal(signum)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == 128 + signum and "the same command goes on" in output
+    end_within(tmp_path, 15)
+    assert load_checkpoint(checkpoint) is not None
 
 
 @needs_proc
@@ -297,6 +300,18 @@ def test_two_processes_that_make_the_same_run_make_one_record(tmp_path):
     assert codes in ([0, 0], [0, 1])  # the second one is refused, or finds the record
     path = resolve(replace(RUN, output_dir=str(tmp_path / "both"))).path
     assert record.differences(whole, record.load(path)) == [] and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_two_sweeps_beside_one_another_make_every_run_once(tmp_path):
+    command = [sys.executable, "-m", "adabatch.sweep", "--grid", "digits", "--model", "alexnet", "--device", "cpu"]
+    command += ["--epochs", "2", "--every", "2", "--jobs", "2", "--executor", "process", "--output_dir", str(tmp_path)]
+    sweeps = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [child.communicate(timeout=300)[0] for child in sweeps]
+    assert [child.returncode for child in sweeps] == [0, 0], outputs
+    made = [line for output in outputs for line in output.splitlines() if ": complete: " in line]
+    records = {path: record.load(path) for path in tmp_path.glob("digits/alexnet/*.npz")}
+    assert len(records) == 4 and all(r.status == "complete" for r in records.values())
+    assert {str(path) for path in records} == {line.split()[1].rstrip(":") for line in made}, outputs
 
 
 def test_a_folder_that_may_only_be_read(tmp_path, quick):

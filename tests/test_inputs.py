@@ -35,7 +35,7 @@ SETTINGS = {
     "micro_batch": [0, -1, 2**64, HUGE],
     "processes": [0, -1, 10**6, 2**64],
     "checkpoint_minutes": [-1, HUGE, *NO_NUMBER],
-    "precision": ["", "fp16", "FP32", "x" * 5000],
+    "precision": ["", "tf32", "fp16", "FP32", "x" * 5000],
     "device": ["", "gpu", "cpu:x", "cuda:7", "cuda:-1", "cuda:99999999999999999999", "meta", "xla"],
     "resume": ["", "never"],
     "schedule": ["", "cosine", "adabatch ", "x" * 5000],

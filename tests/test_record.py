@@ -41,6 +41,28 @@ def test_round_trip(tmp_path):
         getattr(r, "accuracy")  # noqa: B009
 
 
+def test_any_record_is_read_as_it_was_saved(tmp_path):
+    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+    from hypothesis import strategies as some
+
+    kinds = {name: some.integers(-(2**63), 2**63 - 1) for name in record.COUNTS}
+    kinds |= {name: some.floats() for name in (*record.MEASURES, *record.CLOCKS)}
+    text = some.text(some.characters(exclude_categories=["Cs"]))
+    values = some.none() | some.booleans() | some.integers() | some.floats(allow_nan=False) | text
+    settings = some.dictionaries(text, values, max_size=5)
+
+    @hypothesis.given(some.lists(some.fixed_dictionaries(kinds), min_size=1, max_size=4), settings, settings)
+    @hypothesis.settings(deadline=None, max_examples=50, derandomize=True)
+    def check(history, config, environment):
+        save(tmp_path / "any.npz", history=history, config=config, environment=environment)
+        r = record.load(tmp_path / "any.npz")
+        assert (r.config, r.environment, r.epochs) == (config, environment, len(history))
+        for name, array in r.arrays.items():
+            assert array.tobytes() == np.array([row[name] for row in history], array.dtype).tobytes()
+
+    check()
+
+
 def test_differences_leave_clocks_out_and_see_every_bit(tmp_path):
     rows = history()
     rows[1]["train_seconds"] += 1
