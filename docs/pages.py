@@ -161,6 +161,7 @@ class Module:
             fields = [f":param {n.target.id}: {self.comments[n.lineno]}" for n in commented]
             for n in node.body:
                 if not isinstance(n, ast.FunctionDef): continue
+                if any(ast.unparse(d).endswith(".setter") for d in n.decorator_list): continue  # the property is there
                 if n.name == "__init__": signature, fields = self.parameters(n)
                 elif not n.name.startswith("_"): inner += self.describe(n.name, n, labels, "````")
         elif node.lineno in self.comments: inner = [self.comments[node.lineno]]
