@@ -33,6 +33,12 @@ def markdown_cell(text: str) -> dict:
     return {"cell_type": "markdown", "id": uuid.uuid4().hex[:8], "metadata": {}, "source": text}
 
 
+def alternative_text(text: str) -> str:
+    "What the last paragraph of Markdown above a figure says, without markup: for those who do not see the figure."
+    paragraph = text.strip().split("\n\n")[-1]
+    return "Figure: " + " ".join(re.sub(r"\]\([^)]*\)|[\[\]*`$#>|]", "", paragraph).split())
+
+
 def origin(label: str, source: str, datasets: list[str], up: str) -> dict:
     "The line below an output: the cell that made it, and the records of the data sets that this cell names."
     named = [d for d in datasets if f'"{d}"' in source]
@@ -57,16 +63,16 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
     "Write the notebooks, executed where `outputs/` has them executed. Returns the label of every code cell by its id."
     labels = {}
     paths = {p.relative_to(ROOT): p for p in ROOT.glob("nbs/*.ipynb")}
-    for p in [*ROOT.glob("outputs/*.ipynb"), *ROOT.glob("outputs/*/*.ipynb")]:
-        page = Path("nbs", p.name)
-        paths[page if page in paths else p.relative_to(ROOT)] = p
+    paths |= {Path("nbs", p.name): p for p in ROOT.glob("outputs/*.ipynb")}
+    paths |= {p.relative_to(ROOT): p for p in ROOT.glob("outputs/*/*.ipynb")}
     for page, path in sorted(paths.items()):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        executed, cells = path.is_relative_to(ROOT / "outputs"), []
+        executed, cells, above = path.is_relative_to(ROOT / "outputs"), [], ""
         for cell in notebook["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown": copy_linked(source, ROOT / page.parent, target / page.parent)
             if cell["cell_type"] != "code":
+                above = alternative_text(source)
                 cells.append({**cell, "source": source})
                 continue
             exported = re.search(r"^#\| *default_exp +(\w+)", source, re.M)
@@ -76,9 +82,9 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
             hidden = re.search(r"^#\| *hide *$", source, re.M)
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.M)
             if hidden or not source.strip(): continue
-            label = f"{page.stem}-{cell['id']}"
+            label = "-".join([*page.parent.parts[1:], page.stem, cell["id"]])
             if page.parent == Path("nbs"): labels[cell["id"]] = label
-            metadata = {"tags": ["hide-input"]} if executed else {}
+            metadata = {"mystnb": {"image": {"alt": above}}} | ({"tags": ["hide-input"]} if executed else {})
             link_from(cell["outputs"], path.parent.relative_to(ROOT), page)
             cells += [markdown_cell(f"({label})="), {**cell, "metadata": metadata, "source": source}]
             if executed and any({"image/png", "text/markdown"} & set(o.get("data", ())) for o in cell["outputs"]):
@@ -187,7 +193,8 @@ def modules() -> list[Module]:
 
 def contents(target: Path) -> str:
     "The list of pages at the side, from what there is."
-    executed = sorted(p.relative_to(target).as_posix() for p in target.glob("outputs/**/*.ipynb"))
+    executed = [f"All arms on {p.parent.name} <{p.relative_to(target).as_posix()}>"
+                for p in sorted(target.glob("outputs/*/gallery.ipynb"))]
     notebooks = sorted(f"nbs/{p.name}" for p in target.glob("nbs/*.ipynb") if p.name != "report.ipynb")
     others = sorted(p.name for p in target.glob("*.md"))
     groups = {"Evidence": ["nbs/report.ipynb", *executed, "outputs/records"], "Notebooks": notebooks,

@@ -154,6 +154,12 @@ def test_every_figure_of_the_report_leads_to_its_cell_and_records(site):
         assert re.search(r'<p class="origin">.*?href="#report-.*?href="\.\./outputs/records\.html', after, re.S)
 
 
+def test_every_figure_has_an_alternative_text(site):
+    images = [(p.name, tag) for p in site.rglob("*.html") for tag in re.findall("<img[^>]*>", p.read_text("utf-8"))]
+    texts = [(name, re.search(r'alt="([^"]*)"', tag)) for name, tag in images if "toggler" not in tag]  # Sphinx's own
+    assert images and [name for name, found in texts if not found or len(found[1]) < 20 or ".png" in found[1]] == []
+
+
 def test_parameters_are_explained_and_names_lead_to_the_reference(site, pages):
     text = (site / "api/schedule.html").read_text(encoding="utf-8")
     assert "adabatch.schedule.adabatch" in pages[site / "api/schedule.html"].ids
