@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import together
-from torch.utils.data import DataLoader
 
 from adabatch.loader import Plan
 from adabatch.schedule import adabatch
@@ -37,7 +36,7 @@ def run(section, folder):
     [
         ("PyTorch", "torch"),
         ("Accelerate", "accelerate"),
-        ("Hugging Face `Trainer`", "transformers"),
+        ("Hugging Face", "transformers"),
         ("Lightning", "lightning"),
     ],
 )
@@ -46,15 +45,9 @@ def test_in_two_processes(section, package, tmp_path):
     together(2, run, section, tmp_path)
 
 
-def prepare_a_loader():
-    from accelerate import Accelerator
-
-    loader = DataLoader(range(100), batch_sampler=Plan(adabatch(16, 64, lr=0.1), 100))
-    with pytest.raises(ValueError, match="even_batches=False"):
-        Accelerator(cpu=True).prepare(loader)
-
-
-def test_accelerate_refuses_to_deal_out_the_batches_of_a_plan():
-    "A number as `batch_size` of the plan would make it drop all other batches instead."
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    together(2, prepare_a_loader)
+def test_a_loader_prepared_by_accelerate_loses_no_sample():
+    "It deals out whole batches in turn; were `plan.batch_size` a number, it would drop those of another size."
+    accelerate = pytest.importorskip("accelerate.data_loader", reason="accelerate is not installed")
+    plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), 100)
+    first, second = (accelerate.BatchSamplerShard(plan, 2, process) for process in range(2))
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == list(plan)
