@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from .data import DATASETS
+from .data import DATASETS, best_device, check_device, class_folders
 from .models import model_name
 from .schedule import Schedule, adabatch, fixed, whole_number
-from .trainer import PRECISIONS, Interrupted, best_device, check_device
+from .trainer import PRECISIONS, Interrupted
 
 # %% ../nbs/07_experiment.ipynb #c7620502
 def _option(default, help): return field(default=default, metadata={"help": help})
@@ -48,6 +48,7 @@ class Experiment:
     seed: int = _option(0, "of initial weights, order and augmentation")
     compile: bool = _option(False, "run the network through torch.compile")
     device: str | None = _option(None, "cpu, cuda, cuda:<n> or mps; default: the fastest there is")
+    workers: int | None = _option(None, "processes that read images from folders, for each process; default: by cores")
     data_dir: str = _option("data", "folder of the data sets")
     output_dir: str = _option("outputs", "folder of the records")
     save_weights: bool = _option(True, "keep the trained weights beside the record")
@@ -56,7 +57,8 @@ class Experiment:
     resume: str = _option("any", "carry on an interrupted run: any, or own: of the same processes and micro_batch")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
-WHERE = ("compile", "device", "data_dir", "output_dir", "save_weights", "overwrite", "checkpoint_minutes", "resume")
+WHERE = ("compile", "device", "workers", "data_dir", "output_dir", "save_weights", "overwrite", "checkpoint_minutes",
+         "resume")
 DIVISION = ("processes", "micro_batch")  # how updates are divided: a run may be carried on with others
 
 # %% ../nbs/07_experiment.ipynb #de4d9c25
@@ -178,6 +180,9 @@ def _check_ranges(e):
     for name in ("micro_batch", "processes"):
         value = getattr(e, name)
         if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
+    most = 8 * (os.cpu_count() or 1)
+    if e.workers is not None and not 0 <= e.workers <= most:
+        raise ValueError(f"workers must be from 0 to {most} on this machine, not {e.workers}")
     for name in ("momentum", "weight_decay", "seed", "checkpoint_minutes"):
         value = getattr(e, name)
         if not 0 <= value < math.inf: raise ValueError(f"{name} must be finite and not negative, not {value}")
@@ -238,11 +243,11 @@ def resolve(
 
 # %% ../nbs/07_experiment.ipynb #a2e83778
 def training_samples(e: Experiment) -> int:
-    "Size of the training set, without loading it."
+    "Size of the training set, without loading it. ValueError if its folder is not whole, OSError if it is not there."
     known = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "fake": 5120}
     if e.dataset in known: return known[e.dataset]
     folder = Path(e.data_dir, "imagenet") if e.dataset == "imagenet" else Path(e.dataset)
-    return sum(1 for _ in folder.glob("train/*/*"))
+    return len(class_folders(folder / "train")[1])
 
 # %% ../nbs/07_experiment.ipynb #040b1a74
 NETWORKS = ("vgg19bn", "resnet20", "alexnet")

@@ -185,7 +185,7 @@ def trainer_on_noise(run: Run) -> Trainer:
     e = run.experiment
     if e.dataset in ("digits", "cifar10", "cifar100", "fake"):
         data = noise(training_samples(e), classes=100 if e.dataset == "cifar100" else 10, device=e.device)
-    else: data = load_data(e.dataset, e.data_dir, e.device)
+    else: data = load_data(e.dataset, e.data_dir, e.device, e.workers)
     return make_trainer(run, data)
 
 def rate_table(measurement: Measurement, batch_sizes: list[int], samples: int) -> str:

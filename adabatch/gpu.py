@@ -150,7 +150,7 @@ def _make(run, data):
 def load_all(runs: list[Run]) -> dict:
     "The data sets of the runs, by name. ValueError if one is absent."
     experiments = {run.experiment.dataset: run.experiment for run in runs}
-    return {name: load_data(name, e.data_dir, e.device) for name, e in experiments.items()}
+    return {name: load_data(name, e.data_dir, e.device, e.workers) for name, e in experiments.items()}
 
 def spend(
     runs: list[Run],

@@ -79,12 +79,15 @@ MODELS = {"alexnet": alexnet, "resnet20": resnet20, "vgg19bn": vgg19bn,
 def model_name(name: str) -> str:
     "The name used everywhere for a network that may be spelt otherwise (`vgg19_bn`). ValueError if there is none."
     known = {n.replace("_", ""): n for n in MODELS}.get(str(name).lower().replace("_", ""))
-    if known is None: raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    if known is None: raise ValueError(f"unknown model {name!r:.60}: choose from {', '.join(MODELS)}")
     return known
 
 def get_model(
     name: str,  # one of `MODELS`
     num_classes: int = 10,
 ) -> nn.Module:
-    "A network by its name, initialised from PyTorch's random state. ValueError if there is none of that name."
-    return MODELS[model_name(name)](num_classes)
+    "A network by its name, initialised from PyTorch's random state. ValueError if there is none, or for no classes."
+    build = MODELS[model_name(name)]
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes must be a whole number of at least 1, not {num_classes!r:.60}")
+    return build(num_classes)

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from . import record
-from .data import load_data
+from .data import Folder, load_data
 from .experiment import DIVISION, Experiment, Run, add_options, arguments, exit_code, recipe_table, resolve
 from .files import (
     atomic_write, checkpoint_files, load_checkpoint, load_weights, lock, remove_checkpoint, save_checkpoint)
 from .models import get_model
 from .record import Record, epoch_line
-from adabatch.trainer import (
-    Interrupted, Step, Trainer, World, allocator, cross_entropy, evaluate, keep_freed_memory, percent_wrong,
-    process_group)
+from .trainer import (
+    Interrupted, Step, Trainer, World, allocator, cross_entropy, evaluate, keep_freed_memory, percent_outside_top5,
+    percent_wrong, process_group)
 
 # %% ../nbs/08_train.ipynb #f9baf3d4
 def existing(run: Run) -> Record | None:
@@ -116,8 +116,8 @@ def environment(trainer: Trainer) -> dict:
 def _load_data(run, device, world):
     "The data set, read on rank 0 first, so that the others find what it decoded or downloaded."
     e, loaded = run.experiment, []
-    world.on_rank_0(lambda: loaded.append(load_data(e.dataset, e.data_dir, device)))
-    return loaded[0] if loaded else load_data(e.dataset, e.data_dir, device)
+    world.on_rank_0(lambda: loaded.append(load_data(e.dataset, e.data_dir, device, e.workers)))
+    return loaded[0] if loaded else load_data(e.dataset, e.data_dir, device, e.workers)
 
 def make_trainer(run: Run, data) -> Trainer:
     "The network with its initial weights, the optimizer and the trainer of a run."
@@ -126,7 +126,9 @@ def make_trainer(run: Run, data) -> Trainer:
     model = get_model(e.model, data.classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay,
                                 fused=data.device.type == "cuda")
-    return Trainer(model, optimizer, data, run.schedule, e.seed, e.drop_last, e.micro_batch, e.precision, e.compile)
+    top5 = {"test_error_top5": percent_outside_top5} if isinstance(data, Folder) and data.classes > 5 else {}
+    return Trainer(model, optimizer, data, run.schedule, e.seed, e.drop_last, e.micro_batch, e.precision, e.compile,
+                   test_metrics=top5)
 
 def _save(run, trainer):
     "Weights and record; the checkpoint is not needed any more."
@@ -294,13 +296,13 @@ def evaluate_weights(run: Run) -> tuple[float, float]:
     e, path = run.experiment, weights_path(run)
     if not path.exists(): raise FileNotFoundError(f"{path} is not there: make the run, with save_weights")
     weights = load_weights(path)
-    data = load_data(e.dataset, e.data_dir, e.device)
+    data = load_data(e.dataset, e.data_dir, e.device, e.workers)
     model = get_model(e.model, data.classes)
     try: model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):  # torch's message has a line for each weight
         raise ValueError(f"{path} holds weights of another network: delete it, and make the run again") from None
     model = model.to(data.device, memory_format=torch.channels_last)
-    return evaluate(Step(model, None, data.device, cross_entropy, percent_wrong), data)
+    return tuple(evaluate(Step(model, None, data.device, cross_entropy, percent_wrong), data))
 
 # %% ../nbs/08_train.ipynb #56cc4c9b
 def _command(e, evaluate_only):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'PRECISIONS', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS', 'World', 'Interrupted', 'process_group',
-           'check_device', 'best_device', 'keep_freed_memory', 'allocator', 'PhaseClock', 'EpochSums', 'cross_entropy',
-           'percent_wrong', 'out_of_memory', 'Step', 'evaluate', 'try_size', 'settle_buckets', 'deferred_signals',
-           'Checkpoints', 'State', 'MicroBatch', 'device_settings', 'synchronize', 'seed_device', 'EpochLoop',
-           'prepare', 'epoch_row', 'Trainer']
+           'keep_freed_memory', 'allocator', 'PhaseClock', 'EpochSums', 'cross_entropy', 'percent_wrong',
+           'percent_outside_top5', 'out_of_memory', 'Step', 'evaluate', 'try_size', 'settle_buckets',
+           'deferred_signals', 'Checkpoints', 'State', 'MicroBatch', 'device_settings', 'synchronize', 'seed_device',
+           'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/05_trainer.ipynb #85b5762a
 import contextlib, copy, ctypes, json, math, os, platform, signal, time
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .data import best_device, check_device
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
 from .schedule import Schedule
@@ -87,21 +88,6 @@ def _rendezvous():
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dict(store=store, rank=rank, world_size=size)
-
-# %% ../nbs/05_trainer.ipynb #808d836c
-def check_device(device: str) -> torch.device:
-    "The `torch.device`; ValueError if this machine has no such device."
-    try: found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}: choose cpu, cuda, cuda:<n> or mps") from None
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": (found.index or 0) < gpus}
-    if not there.get(found.type): raise ValueError(f"device {device} is not there: this machine has {best_device()}")
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
-
-def best_device() -> str:
-    "The fastest kind of device this machine has: cuda, mps or cpu."
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/05_trainer.ipynb #415b9307
 _allocator = "as found"
@@ -191,6 +177,10 @@ def percent_wrong(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     "100 for each sample whose largest logit is another class than its target, summed."
     return 100 * (logits.argmax(1) != targets).sum()
 
+def percent_outside_top5(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    "100 for each sample whose target is not among the classes of its five largest logits, summed."
+    return 100 * (logits.topk(5).indices != targets[:, None]).all(1).sum()
+
 def out_of_memory(error: RuntimeError) -> bool:
     "Is it a lack of device memory? cuDNN, cuBLAS and MPS report one as a plain RuntimeError."
     reports = "out of memory", "unable to find an engine", "ALLOC_FAILED"
@@ -213,13 +203,17 @@ class Step:
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         return torch.compile(self.loss_and_metric, dynamic=False, mode=mode)
 
-    def loss_and_metric(self, net, x, y):
-        "Both, summed over a batch, on the device; uncompiled."
+    def measures(self, net, x, y, *metrics):
+        "The loss and the metrics, summed over a batch, on the device; uncompiled."
         training = torch.is_grad_enabled()  # the test's outputs are float32: in bfloat16 too many of them are equal
         bf16 = training and self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             output = net(x.to(self.dtype) if x.is_floating_point() else x)
-            return self.loss(output, y), self.metric(output.detach(), y)
+            return self.loss(output, y), *[metric(output.detach(), y) for metric in metrics]
+
+    def loss_and_metric(self, net, x, y):
+        "Both, summed over a batch, on the device; uncompiled."
+        return self.measures(net, x, y, self.metric)
 
     def exchanging(self, last: bool):
         "Gradients are exchanged in the backward pass of an update's last micro-batch only."
@@ -242,18 +236,22 @@ class Step:
 
 # %% ../nbs/05_trainer.ipynb #f7ef101f
 @torch.no_grad()
-def evaluate(step: Step, data) -> tuple[float, float]:
-    "Mean loss and metric on the test set. To be called on all ranks."
-    world, sums = step.world, EpochSums(step.device)
+def evaluate(
+    step: Step,
+    data,  # `Images`, `Folder`, or an object with their methods
+    *others: Callable,  # further metrics: of (output, targets), summed over the samples
+) -> list[float]:  # loss, metric, others
+    "Means on the test set. To be called on all ranks."
+    world, dtype = step.world, EpochSums(step.device).loss.dtype
+    totals = torch.zeros(2 + len(others), dtype=dtype, device=step.device)
     if world.size > 1:
         for b in step.model.buffers(): dist.broadcast(b, 0)
     step.model.eval()
     part = shard((0, data.test_size), world.rank, world.size)
     for x, y in data.test_batches(micro_batches(part, TEST_BATCH)):
-        sums.add(*step.loss_and_metric(step.model, x, y), weight=1)
+        for total, value in zip(totals, step.measures(step.model, x, y, step.metric, *others)): total.add_(value)
     step.model.train()
-    loss, metric = sums.gather(world)[:, :2].sum(0).tolist()
-    return loss / data.test_size, metric / data.test_size
+    return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, x: torch.Tensor, y: torch.Tensor) -> RuntimeError | None:
     "Forward and backward over a batch, leaving no trace. The error if the device runs out of memory."
@@ -445,12 +443,13 @@ class EpochLoop:
         compile: bool = False,  # run forward pass and loss through torch.compile
         loss: Callable = cross_entropy,  # of (output, targets), summed over the samples
         metric: Callable = percent_wrong,  # likewise; `train_error` and `test_error` are its means
+        test_metrics: dict[str, Callable] | None = None,  # further ones of the test: name in the history -> function
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
-        self.seed, self.precision, self.compile = seed, precision, compile
+        self.seed, self.precision, self.compile, self.test_metrics = seed, precision, compile, test_metrics or {}
         self.step = Step(self.model, optimizer, data.device, loss, metric, precision, compile)
         self.world, self.clock = self.step.world, PhaseClock(data.device)
         self.plan = Plan(schedule, data.train_size, seed, drop_last, self.world.rank, self.world.size)
@@ -510,13 +509,14 @@ def epoch_row(loop: EpochLoop) -> dict:
     sums, begin = state.sums.gather(loop.world), time.perf_counter()
     loss, metric = sums[:, :2].sum(0).tolist()
     mean, slowest = sums[:, 2:].mean(0).tolist(), sums[:, 2:].amax(0).tolist()
-    test_loss, test_error = evaluate(loop.step, data)
+    test_loss, test_error, *others = evaluate(loop.step, data, *loop.test_metrics.values())
     names = [f"{phase}_seconds" for phase in (*PHASES, "train", "resize")]
     row = dict(lr=first.lr, batch_size=first.batch_size, updates=len(updates),
                samples=used, left_out=data.train_size - used,
                processes=state.division[0], micro_batch=state.division[1],
                train_loss=loss / used, train_error=metric / used,
                test_loss=test_loss, test_error=test_error, test_seconds=time.perf_counter() - begin)
+    row |= dict(zip(loop.test_metrics, others))
     return row | dict(zip(names, mean)) | {f"{name}_slowest": s for name, s in zip(names, slowest)}
 
 # %% ../nbs/05_trainer.ipynb #d13cdf03
@@ -563,10 +563,14 @@ class Trainer(EpochLoop):
 
     def _save(self, saver):
         parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        saver.save(parts | self.state.dump(self.world))
+        saver.save(parts | self.state.dump(self.world) | {"samples": self.plan.samples})
 
     def _resume(self, saved):
         if saved is None: return
+        before, now = saved.get("samples", self.plan.samples), self.plan.samples
+        if before != now:
+            raise ValueError(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
+                             "written: restore it, or remove the checkpoint to begin anew")
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state.load(saved, self.world)

@@ -1,5 +1,6 @@
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 from adabatch import data
 from adabatch.data import Folder, draw_epoch, load_data
+from adabatch.files import lock
 
 CLASSES = [f"class{k}" for k in range(10)]
 
@@ -105,6 +107,51 @@ def test_no_network(tmp_path, monkeypatch):
     ):
         load_data("cifar10", tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
+
+
+def test_strays_in_class_folders_are_passed_over(tiny):
+    for name in (".DS_Store", "train/.DS_Store", "test/class3/.DS_Store", "train/class3/notes.txt"):
+        (tiny / "cifar10" / name).write_text("stray")
+    assert load_data("cifar10", tiny).train_size == 20
+
+
+def test_a_cache_that_another_process_writes_is_left_to_it(tiny, capsys):
+    with lock(tiny / "cifar10.cache.npz"):
+        assert load_data("cifar10", tiny).train_size == 20
+    assert [p.name for p in tiny.iterdir()] == ["cifar10"] and capsys.readouterr().err == ""
+    load_data("cifar10", tiny)
+    assert sorted(p.name for p in tiny.iterdir()) == ["cifar10", "cifar10.cache.npz"]
+
+
+def test_a_cache_that_cannot_be_written(tiny, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert load_data("cifar10", tiny).train_size == 20
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1 and "cifar10.cache.npz could not be written" in note and "No space left" in note
+    assert [p.name for p in tiny.iterdir()] == ["cifar10"]
+
+
+@pytest.mark.parametrize("other", [None, "faster", "under way"])
+def test_a_download_is_there_whole_whatever_another_process_does(tmp_path, monkeypatch, other):
+    def download(folder, download):
+        files = tmp_path / "sample", Path(folder) / "cifar-10-batches-py"
+        shutil.copytree(*files)
+        if other == "faster":
+            shutil.copytree(files[0], tmp_path / "data/cifar-10-batches-py")
+        if other == "under way":
+            (tmp_path / "data/.cifar-10-batches-py.theirs").mkdir(parents=True)
+
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample/batches.meta").write_text("whole")
+    monkeypatch.setattr(data, "_torchvision", lambda name: download)
+    data._download("cifar10", tmp_path / "data")
+    found = sorted(p.name for p in (tmp_path / "data").iterdir())
+    theirs = [".cifar-10-batches-py.theirs"] if other == "under way" else []
+    assert found == [*theirs, "cifar-10-batches-py"]
+    assert (tmp_path / "data/cifar-10-batches-py/batches.meta").read_text() == "whole"
 
 
 def test_unknown():

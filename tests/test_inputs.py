@@ -34,6 +34,7 @@ SETTINGS = {
     "seed": [-1, 2**63, 2**64, HUGE],
     "micro_batch": [0, -1, 2**64, HUGE],
     "processes": [0, -1, 10**6, 2**64],
+    "workers": [-1, 10**6, 2**64, HUGE],
     "checkpoint_minutes": [-1, HUGE, *NO_NUMBER],
     "precision": ["", "tf32", "fp16", "FP32", "x" * 5000],
     "device": ["", "gpu", "cpu:x", "cuda:7", "cuda:-1", "cuda:99999999999999999999", "meta", "xla"],
@@ -57,6 +58,7 @@ TYPES = {
     "output_dir": [None, 5, Path("outputs")],
     "milestones": [[2, 4], 2],
     "device": [torch.device("cpu"), 0],
+    "workers": [2.0, "two", True, [1]],
 }
 
 
@@ -186,7 +188,14 @@ CALLS = {
     "no data set": lambda: load_data(""),
     "None as data set": lambda: load_data(None),
     "a number as data set": lambda: load_data(5),
+    "a long data set": lambda: load_data("x" * 5000),
+    "a device that is none": lambda: load_data("digits", device="nowhere"),
+    "a device that is a number of thousands of digits": lambda: load_data("digits", device="cuda:" + "9" * 5000),
     "a network": lambda: get_model("lenet", 10),
+    "a network of a long name": lambda: get_model("x" * 5000, 10),
+    "no classes": lambda: get_model("alexnet", 0),
+    "negative classes": lambda: get_model("resnet50", -1),
+    "half a class": lambda: get_model("alexnet", 0.5),
     "a record that is a folder": lambda: record.load("."),
     "a record that is a link to itself": lambda: record.load("loop"),
     "a record that is none": lambda: record.load("file"),
@@ -197,19 +206,6 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_calls(call, refused):
-    refused(call, ValueError, TypeError, OSError)
-
-
-NOT_YET = {
-    "a long data set": lambda: load_data("x" * 5000),
-    "a device that is none": lambda: load_data("digits", device="nowhere"),
-    "no classes": lambda: get_model("alexnet", 0),
-}
-
-
-@pytest.mark.xfail(strict=True, reason="data and models do not check these yet")
-@pytest.mark.parametrize("call", NOT_YET.values(), ids=NOT_YET)
-def test_calls_that_are_not_refused_well(call, refused):
     refused(call, ValueError, TypeError, OSError)
 
 
