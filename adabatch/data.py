@@ -290,13 +290,17 @@ class Folder:
         pieces = [[(k, min(k + self.piece, stop)) for k in range(start, stop, self.piece)] for start, stop in spans]
         loader.batch_sampler.fill(keys(*piece) for batch in pieces for piece in batch)
         read = iter(loader)
-        for batch in pieces:
-            images, labels = map(torch.cat, zip(*(self._on_device(next(read)) for _ in batch)))
+        for (start, stop), batch in zip(spans, pieces):
+            images = torch.empty(stop - start, *self.shape[1:], 3, dtype=torch.uint8, device=self.device)
+            labels = torch.empty(stop - start, dtype=torch.int64, device=self.device)
+            for a, b in batch: self._copy(next(read), images[a - start:b - start], labels[a - start:b - start])
             yield _normalise(images.permute(0, 3, 1, 2), self.mean, self.std), labels
 
-    def _on_device(self, read):
-        if isinstance(read, ValueError): raise read
-        return [part.to(self.device, non_blocking=True) for part in read]
+    def _copy(self, piece, images, labels):
+        "Put a piece into its place in a batch: at once, so that it leaves the shared memory."
+        if isinstance(piece, ValueError): raise piece
+        images.copy_(piece[0], non_blocking=True)
+        labels.copy_(piece[1], non_blocking=True)
 
     def train_batches(self, epoch: Epoch, spans: list) -> Iterator:
         "As `Images.train_batches`. ValueError, naming it, for an image that cannot be read."
