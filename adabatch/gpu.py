@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 
 from . import record
-from .data import load_data
+from .data import best_device, load_data
 from .experiment import GRIDS, Experiment, Run, add_options, exit_code, overrides, recipe, resolve
 from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
-from .trainer import PRECISIONS, Interrupted, Trainer, best_device, device_settings, prepare, synchronize
+from .trainer import PRECISIONS, Interrupted, Trainer, device_settings, prepare, synchronize
 
 # %% ../nbs/12_gpu.ipynb #e878fcf0
 Change = list[torch.Tensor]  # of each parameter over a training, float64 on the CPU
