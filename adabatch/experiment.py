@@ -17,7 +17,7 @@ import torch
 
 from .data import DATASETS, best_device, check_device, class_folders
 from .models import model_name
-from .schedule import Schedule, adabatch, fixed, whole_number
+from .schedule import Schedule, adabatch, fixed, shown, whole_number
 from .trainer import PRECISIONS, Interrupted
 
 # %% ../nbs/07_experiment.ipynb #c7620502
@@ -145,18 +145,12 @@ class Run:
         return "\n".join(rows)
 
 # %% ../nbs/07_experiment.ipynb #213fe567
-def _shown(value):
-    "A value in a few characters, for a message of one line."
-    try: text = " ".join(repr(value).split())
-    except ValueError: return "a number of thousands of digits"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
 def _check_text(name, value):
     "ValueError unless it is a name or a path that a file system can hold."
     if not value: raise ValueError(f"{name} must not be empty")
     parts = [len(os.fsencode(part)) for part in Path(value).parts]
     if max(parts, default=0) > 255 or sum(parts) > 3000 or any(ord(c) < 32 for c in value):
-        raise ValueError(f"{name} must be a name or a path of usual length and characters, not {_shown(value)}")
+        raise ValueError(f"{name} must be a name or a path of usual length and characters, not {shown(value)}")
 
 def _check_type(name, value):
     "TypeError unless the field takes a value of this type, an integer for a float included; ValueError if it is huge."
@@ -165,14 +159,14 @@ def _check_type(name, value):
     accepted = (*kinds, int) if float in kinds else kinds
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         expected = " or ".join("None" if k is types.NoneType else k.__name__ for k in kinds)
-        raise TypeError(f"{name} must be {expected}, not {_shown(value)}")
+        raise TypeError(f"{name} must be {expected}, not {shown(value)}")
     if isinstance(value, str): _check_text(name, value)
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"{name} must be below 2**63, not {_shown(value)}")
+        raise ValueError(f"{name} must be below 2**63, not {shown(value)}")
 
 def choose(name: str, value, choices: tuple):
     "ValueError unless `value` is one of `choices`."
-    if value not in choices: raise ValueError(f"unknown {name} {_shown(value)}: choose from {', '.join(choices)}")
+    if value not in choices: raise ValueError(f"unknown {name} {shown(value)}: choose from {', '.join(choices)}")
 
 def _check_ranges(e):
     "ValueError for numbers outside of what makes sense; those of the schedule are checked by the schedule."
@@ -193,7 +187,7 @@ def _started():
     "How many processes torchrun started, this one included."
     text = os.environ["WORLD_SIZE"]
     if text.isdecimal(): return int(text)
-    raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, not {_shown(text)}: unset it")
+    raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, not {shown(text)}: unset it")
 
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
@@ -216,7 +210,7 @@ def make_schedule(e: Experiment) -> Schedule:
 def _epochs(text):
     "The epochs in `60,120,160`."
     try: return [int(part) for part in text.split(",")]
-    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {_shown(text)}") from None
+    except ValueError: raise ValueError(f"milestones must be epochs such as 60,120,160, not {shown(text)}") from None
 
 def resolve(
     experiment: Experiment,
@@ -229,7 +223,7 @@ def resolve(
     choose("resume", e.resume, ("any", "own"))
     if e.dataset not in DATASETS and not (Path(e.dataset).is_dir() and Path(e.dataset).resolve().name):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {_shown(e.dataset)}: choose from {known}, "
+        raise ValueError(f"unknown data set {shown(e.dataset)}: choose from {known}, "
                          "or give a folder of class folders")
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
