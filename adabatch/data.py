@@ -224,7 +224,8 @@ class Batches:
 def _as_read(squares): return squares
 
 def _ignore_signals(worker):
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # for the checkpoint; then an exit that waits goes on
 
 def _end_workers(loaders):
     for loader in loaders:
