@@ -68,3 +68,9 @@ def cifar10():
 
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def papermill(folder):
+    "The command that executes run.ipynb with its outputs in the folder; parameters may follow."
+    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", str(folder / "out.ipynb"), "--no-progress-bar"]
+    return [*command, "-p", "output_dir", str(folder)]

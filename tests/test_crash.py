@@ -85,6 +85,9 @@ def test_killed_at_twenty_moments(tmp_path):
     print(f"{len(moments)} moments, {late} of them after the end of the run")
 
 
+TWO_EPOCHS = "--epochs 2 --every 1 --batch_size 64 --max_batch_size 128 --device cpu --checkpoint_minutes 0".split()
+
+
 def torchrun(folder, *options, **kwargs):
     return subprocess.Popen(
         [
@@ -97,18 +100,7 @@ def torchrun(folder, *options, **kwargs):
             *options,
             "-m",
             "adabatch.train",
-            "--epochs",
-            "2",
-            "--every",
-            "1",
-            "--batch_size",
-            "64",
-            "--max_batch_size",
-            "128",
-            "--device",
-            "cpu",
-            "--checkpoint_minutes",
-            "0",
+            *TWO_EPOCHS,
             "--output_dir",
             str(folder),
         ],

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import start
+from conftest import papermill, start
 
 from adabatch import experiment, record, sweep, train
 from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
@@ -296,34 +296,14 @@ def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, c
 
 
 def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
-    def papermill(*parameters):
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "papermill",
-                "nbs/run.ipynb",
-                str(tmp_path / "out.ipynb"),
-                "--no-progress-bar",
-                "-p",
-                "output_dir",
-                str(tmp_path),
-                "-p",
-                "epochs",
-                "2",
-                "-p",
-                "every",
-                "1",
-                *parameters,
-            ],
-            capture_output=True,
-            text=True,
-        )
+    def execute(*parameters):
+        command = [*papermill(tmp_path), "-p", "epochs", "2", "-p", "every", "1", *parameters]
+        return subprocess.run(command, capture_output=True, text=True)
 
-    wrong = papermill("-p", "epohcs", "3")
+    wrong = execute("-p", "epohcs", "3")
     assert wrong.returncode and "unknown parameter 'epohcs': did you mean 'epochs'?" in wrong.stderr
     assert not (tmp_path / "digits").exists()
-    assert papermill("-p", "max_batch_size", "32").returncode == 0
+    assert execute("-p", "max_batch_size", "32").returncode == 0
     assert record.load(tmp_path / "digits/alexnet/adabatch-16-32-epochs2-every1-seed0.npz").epochs == 2
     cells = json.loads((tmp_path / "out.ipynb").read_text())["cells"]
     output = json.dumps([c.get("outputs") for c in cells])
@@ -334,7 +314,7 @@ def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
     )
     assert "is there already and is loaded" not in output
     assert (
-        papermill("-p", "max_batch_size", "32").returncode == 0
+        execute("-p", "max_batch_size", "32").returncode == 0
         and "is there already and is loaded" in (tmp_path / "out.ipynb").read_text()
     )
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import start
-from test_crash import RUN, finished, make, wait_for
+from conftest import papermill, start
+from test_crash import RUN, TWO_EPOCHS, finished, make, wait_for
 from test_record import save
 
 from adabatch import record, train
@@ -165,21 +165,7 @@ def test_a_second_interrupt_closes_the_pipe_that_the_processes_watch():
 @needs_proc
 def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
     parameters = [part for n, v in zip(LONG[::2], LONG[1::2]) for part in ("-p", n[2:], v)]
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        "nbs/run.ipynb",
-        str(tmp_path / "out.ipynb"),
-        "--no-progress-bar",
-        *parameters,
-        "-p",
-        "processes",
-        "2",
-        "-p",
-        "output_dir",
-        str(tmp_path),
-    ]
+    command = [*papermill(tmp_path), *parameters, "-p", "processes", "2"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(tmp_path / "digits/alexnet/adabatch-4-4-epochs500-every100-x2-seed0.pt", child)
     kernels = [
@@ -195,26 +181,12 @@ def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
 
 @needs_proc
 def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_micro_batch(tmp_path):
-    short = [
-        "--epochs",
-        "2",
-        "--every",
-        "1",
-        "--checkpoint_minutes",
-        "0",
-        "--batch_size",
-        "64",
-        "--max_batch_size",
-        "128",
-        "--device",
-        "cpu",
-    ]
     base = Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", checkpoint_minutes=0)
     whole = run(replace(base, output_dir=str(tmp_path / "whole")))
     rng = random.Random(1)
     for k, change in enumerate((dict(processes=1), dict(processes=1, micro_batch=24))):
         folder = tmp_path / str(k)
-        command = [sys.executable, "-m", "adabatch.train", *short, "--processes", "2", "--output_dir", str(folder)]
+        command = [sys.executable, "-m", "adabatch.train", *TWO_EPOCHS, "--processes", "2", "--output_dir", str(folder)]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         checkpoint = folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
         wait_for(checkpoint, child)
