@@ -56,8 +56,9 @@ def time_needed(run: Run) -> str:
         with contextlib.suppress(ValueError):
             made = record.load(path)
             if made.environment.get("device") == device: costs.append(made.seconds_per_sample)
+    if not costs: return ""
     samples = training_samples(run.experiment) * run.schedule.epochs
-    return f", about {duration(statistics.median(costs) * samples)} in all" if costs else ""
+    return f", about {duration(statistics.median(costs) * samples)} in all"
 
 def table(runs: list[Run], executor: str, note: Callable = time_needed) -> str:
     "The runs with their states, what `note(run)` adds to those that are left, and how many these are."
