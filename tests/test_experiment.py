@@ -323,8 +323,8 @@ def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkey
     "One epoch in small on real images: a slice of the training set, so that it takes seconds."
     whole = train.load_data
 
-    def slice_of(name, data_dir, device, workers):
-        data = whole(name, data_dir, device, workers)
+    def slice_of(*args):
+        data = whole(*args)
         data.crops, data.train_size, data.test, data.test_size = (
             data.crops[::10],
             5000,
