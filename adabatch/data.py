@@ -90,40 +90,43 @@ class Images:
 
     def draw(self, seed: int, epoch: int) -> Epoch:
         "The `Epoch` of this training set, on its device."
-        e = draw_epoch(self.train_size, seed, epoch, margin=2 * self.pad)
-        return Epoch(seed, epoch, *(t.to(self.device) for t in (e.order, e.crop, e.flip & self.flip)))
+        drawn = draw_epoch(self.train_size, seed, epoch, margin=2 * self.pad)
+        return Epoch(seed, epoch, *(t.to(self.device) for t in (drawn.order, drawn.crop, drawn.flip & self.flip)))
 
     def train_batches(self,
         epoch: Epoch,  # from `draw`
-        spans: list,  # (start, stop) into the epoch's order, a batch each
+        slices: list[tuple[int, int]],  # (start, stop) in the epoch's order, a batch each
     ):
-        "Yields x (B, C, H, W) float32 in `channels_last`, augmented and normalised, and y (B,) int64, for each span."
-        for start, stop in spans:
+        "Yields x (B, C, H, W) float32 in `channels_last`, augmented and normalised, and y (B,) int64, for each slice."
+        for start, stop in slices:
             i = epoch.order[start:stop]
             top, left = epoch.crop[i].unbind(1)
             images = self.crops[i, top, left]
             images = torch.where(epoch.flip[i].view(-1, 1, 1, 1), images.flip(2), images)
             yield _normalise(images.permute(0, 3, 1, 2), self.mean, self.std), self.labels[i]
 
-    def test_batches(self, spans: list):
-        "Yields x (B, C, H, W) float32 and y (B,) int64 for each span of the test set, as it is."
-        for start, stop in spans:
+    def test_batches(self, slices: list[tuple[int, int]]):
+        "Yields x (B, C, H, W) float32 and y (B,) int64 for each slice of the test set, not augmented."
+        for start, stop in slices:
             yield _normalise(self.test[0][start:stop], self.mean, self.std), self.test[1][start:stop]
 
 # %% ../nbs/02_data.ipynb #1b15700e
 MOST_PIXELS = 1024**3 // 4 // 3  # of an image: a quarter of a GiB
 
 def _open(path, mode=None):
-    "The image in a file, decoded, and converted to `mode`. ValueError, naming the file, if it is damaged or too large."
+    "The image in a file, decoded and converted to `mode`. ValueError, naming it, if it cannot be read or is too large."
     from PIL import Image
     try:
         with Image.open(path) as image:
             if image.width * image.height <= MOST_PIXELS:
                 image.load()
                 return image.convert(mode) if mode else image
+    except MemoryError: raise  # of the machine, not of the file
     except Image.DecompressionBombError: pass
-    except Exception as e:  # Pillow raises many kinds for a torn file; all mean the same here
-        raise ValueError(f"{path} is damaged, or no image ({type(e).__name__}): restore it") from None
+    except Exception as error:  # Pillow raises many kinds for a torn file; all mean the same here
+        if getattr(error, "errno", None):  # the system's, not Pillow's
+            raise ValueError(f"{path} cannot be read ({error.strerror}): restore it") from None
+        raise ValueError(f"{path} is damaged, or no image ({type(error).__name__}): restore it") from None
     raise ValueError(f"{path} has more than {MOST_PIXELS:,} pixels: scale it down")
 
 def _pixels(path, size=32):
@@ -137,34 +140,33 @@ def _pixels(path, size=32):
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")  # of image files
 
 def _visible(folder):
-    "The entries of a folder in the order of their names, but for hidden ones. ValueError for a link to nowhere."
+    "The entries of a folder without the hidden ones, sorted by name. ValueError for a link that leads nowhere."
     with os.scandir(folder) as entries:
-        found = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    for e in found:
-        if e.is_symlink() and not os.path.exists(e.path):
-            raise ValueError(f"{e.path} is a link that leads nowhere: remove it, or restore what it leads to")
+        found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise ValueError(f"{entry.path} is a link that leads nowhere: remove it, or restore what it leads to")
     return found
 
 def _class_images(folder):
     "Paths of the images in a class folder. ValueError if there is none, or a folder."
     entries = _visible(folder)
-    for e in entries:
-        if e.is_dir(): raise ValueError(f"{e.path} is a folder in a class folder, which must hold images alone")
-    paths = [e.path for e in entries if e.name.lower().endswith(ENDINGS) and e.is_file()]
+    for entry in entries:
+        if entry.is_dir(): raise ValueError(f"{entry.path} is a folder in a class folder, which must hold images alone")
+    paths = [entry.path for entry in entries if entry.name.lower().endswith(ENDINGS) and entry.is_file()]
     if not paths: raise ValueError(f"{folder} holds no images: restore them, or remove this class from both sets")
     return paths
 
 def class_folders(
     root: str | Path,  # holds a folder for each class
 ) -> tuple[list[str], list[str], list[int]]:  # names of the classes; path and class of each image
-    """The images in class folders, in the order and with the classes of torchvision's `ImageFolder`.
-
-    ValueError, naming it, for what is no folder of images."""
-    classes = [e for e in _visible(root) if e.is_dir()]
+    """The images in class folders, in the order and with the classes of torchvision's `ImageFolder`; hidden entries
+    are passed over. ValueError, naming it, for a class folder that holds no images, or a folder."""
+    classes = [entry for entry in _visible(root) if entry.is_dir()]
     if not classes: raise ValueError(f"{root} holds no class folders: put its images into a folder for each class")
-    images = [_class_images(e.path) for e in classes]
+    images = [_class_images(entry.path) for entry in classes]
     labels = [label for label, paths in enumerate(images) for _ in paths]
-    return [e.name for e in classes], [path for paths in images for path in paths], labels
+    return [entry.name for entry in classes], [path for paths in images for path in paths], labels
 
 # %% ../nbs/02_data.ipynb #79a3960b
 def draw_crop(
@@ -224,10 +226,10 @@ class Batches:
 def _as_read(squares): return squares
 
 def _ignore_signals(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))  # for the checkpoint; then an exit that waits goes on
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 def _end_workers(loaders):
+    "Tell the workers of these loaders to end, and wait for them."
     for loader in loaders:
         if loader._iterator is not None: loader._iterator._shutdown_workers()
 
@@ -274,8 +276,8 @@ class Folder:
         self.classes, self.train_size, self.test_size = len(names), len(train[0]), len(test[0])
         self.mean, self.std = (_per_channel(v, self.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
         self.train, self.test = (self._loader(_Squares(*files, size)) for files in (train, test))
-        end = Finalize(self, _end_workers, [(self.train, self.test)], exitpriority=0)
-        atexit.register(end)  # earlier than PyTorch's own; a process of multiprocessing calls `Finalize`'s alone
+        end = Finalize(self, _end_workers, [(self.train, self.test)], exitpriority=100)  # queues are closed at 10
+        atexit.register(end)  # before PyTorch's own; a child process of multiprocessing calls `Finalize`'s alone
 
     def _loader(self, squares):
         several = dict(persistent_workers=True, prefetch_factor=AHEAD) if self.workers else {}
@@ -286,12 +288,12 @@ class Folder:
         "As `Images.draw`. Crops are drawn when an image is read and its size is known."
         return draw_epoch(self.train_size, seed, epoch)
 
-    def _batches(self, loader, keys, spans):
-        "The batch of each span, put together on the device from the pieces that workers read."
-        pieces = [[(k, min(k + self.piece, stop)) for k in range(start, stop, self.piece)] for start, stop in spans]
+    def _batches(self, loader, keys, slices):
+        "The batch of each slice, put together on the device from the pieces that workers read."
+        pieces = [[(k, min(k + self.piece, stop)) for k in range(start, stop, self.piece)] for start, stop in slices]
         loader.batch_sampler.fill(keys(*piece) for batch in pieces for piece in batch)
         read = iter(loader)
-        for (start, stop), batch in zip(spans, pieces):
+        for (start, stop), batch in zip(slices, pieces):
             images = torch.empty(stop - start, *self.shape[1:], 3, dtype=torch.uint8, device=self.device)
             labels = torch.empty(stop - start, dtype=torch.int64, device=self.device)
             for a, b in batch: self._copy(next(read), images[a - start:b - start], labels[a - start:b - start])
@@ -300,21 +302,22 @@ class Folder:
     def _copy(self, piece, images, labels):
         "Put a piece into its place in a batch: at once, so that it leaves the shared memory."
         if isinstance(piece, ValueError): raise piece
-        images.copy_(piece[0], non_blocking=True)
-        labels.copy_(piece[1], non_blocking=True)
+        pinned = self.device.type == "cuda"  # only then is a copy that is not waited for safe
+        images.copy_(piece[0], non_blocking=pinned)
+        labels.copy_(piece[1], non_blocking=pinned)
 
-    def train_batches(self, epoch: Epoch, spans: list) -> Iterator:
+    def train_batches(self, epoch: Epoch, slices: list[tuple[int, int]]) -> Iterator:
         "As `Images.train_batches`. ValueError, naming it, for an image that cannot be read."
         order, seeds = epoch.order.numpy(), draw_seeds(self.train_size, epoch.seed, epoch.number)
 
         def keys(start, stop):
             samples = order[start:stop]
             return list(zip(samples.tolist(), seeds[samples].tolist()))
-        return self._batches(self.train, keys, spans)
+        return self._batches(self.train, keys, slices)
 
-    def test_batches(self, spans: list) -> Iterator:
+    def test_batches(self, slices: list[tuple[int, int]]) -> Iterator:
         "As `Images.test_batches`. ValueError, naming it, for an image that cannot be read."
-        return self._batches(self.test, lambda start, stop: [(i, None) for i in range(start, stop)], spans)
+        return self._batches(self.test, lambda start, stop: [(i, None) for i in range(start, stop)], slices)
 
 # %% ../nbs/02_data.ipynb #4e825c0c
 CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folders
@@ -341,8 +344,8 @@ def _download(name, data_dir):
     base = CIFAR[name]
     with tempfile.TemporaryDirectory() as tmp:
         try: _torchvision(name)(tmp, download=True)
-        except (OSError, RuntimeError) as e:
-            raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({e}): put it there, "
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({error}): put it there, "
                              f"as torchvision's {base}/ or as class folders {name}/train/<class>/ and "
                              f"{name}/test/<class>/") from None
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -380,8 +383,8 @@ def _cached(folder, classes):
     arrays = {f"{name}{k}": a for k, split in enumerate(splits) for name, a in zip(("images", "labels"), split)}
     try:  # where another process writes it, it is locked: a ValueError
         with contextlib.suppress(ValueError), lock(cache), atomic_write(cache) as f: np.savez(f, key=key, **arrays)
-    except OSError as e:
-        print(f"note: {cache} could not be written ({e}); the images will be decoded again next time", file=sys.stderr)
+    except OSError as error:
+        print(f"note: {cache} could not be written ({error}); the images will be decoded again", file=sys.stderr)
     return splits
 
 # %% ../nbs/02_data.ipynb #21117420
@@ -422,8 +425,8 @@ def load_data(
     device: str | torch.device = "cpu",
     workers: int | None = None,  # processes that read the images of a folder; None: as many as suit this machine
 ) -> Images | Folder:
-    """A data set by its name. TypeError, ValueError, in one line, if it is unknown, not to be had, incomplete or
-    damaged, or if the device is not there."""
+    """A data set by its name. TypeError or ValueError, in one line, if it is unknown, absent, incomplete or damaged, or
+    if the device is not there."""
     if not isinstance(name, (str, Path)): raise TypeError(f"a data set has a name or a path, not {name!r:.60}")
     name, data_dir, device = str(name), Path(data_dir), check_device(device)
     if name not in DATASETS and not os.path.isdir(name):

@@ -167,7 +167,7 @@ UNREADABLE = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-400]), "is damaged, or no image (OSError): restore it"),
     "text": (lambda p: p.write_text("no image"), "is damaged, or no image (UnidentifiedImageError): restore it"),
     "empty": (lambda p: p.write_bytes(b""), "is damaged, or no image (UnidentifiedImageError): restore it"),
-    "gone": (lambda p: p.unlink(), "is damaged, or no image (FileNotFoundError): restore it"),
+    "gone": (lambda p: p.unlink(), "cannot be read (No such file or directory): restore it"),
     "100 megapixels": (lambda p: p.write_bytes(header(10_000, 10_000)), "has more than 89,478,485 pixels"),
     "1,000 megapixels": (lambda p: p.write_bytes(header(40_000, 25_000)), "has more than 89,478,485 pixels"),
 }
@@ -185,6 +185,13 @@ def test_an_image_that_cannot_be_read_is_named_in_one_line(folder, split, worker
         else:
             list(streamed.test_batches([(0, 12)]))
     assert str(refused.value).startswith(f"{damaged} {line}") and "\n" not in str(refused.value)
+
+
+def test_a_machine_without_memory_is_not_blamed_on_an_image(folder, monkeypatch):
+    streamed = Folder(folder, workers=0, size=32)
+    monkeypatch.setattr(Image.Image, "load", lambda image: bytes(2**62))
+    with pytest.raises(MemoryError):
+        next(streamed.test_batches([(0, 1)]))
 
 
 def test_a_damaged_image_ends_a_run_in_one_line_and_when_it_is_restored_the_run_goes_on(
@@ -313,8 +320,9 @@ def test_what_is_read_ahead_fits_half_of_the_shared_memory(monkeypatch, mib, pro
 
 def test_more_workers_than_the_shared_memory_holds(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(512), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert read_ahead(None, 3 * 224 * 224)[0] <= 13
+    assert read_ahead(None, 3 * 224 * 224)[0] == 13
     with pytest.raises(ValueError, match="workers is 32 for each of 8 processes, but 64 MiB .* enough for 13: give"):
         read_ahead(32, 3 * 224 * 224)
 
@@ -386,6 +394,28 @@ def test_a_signal_to_the_whole_process_group_while_images_stream(folder, tmp_pat
     if processes == 1:
         assert record.differences(found, whole) == []
     assert np.allclose(found.train_loss, whole.train_loss) and np.allclose(found.test_loss, whole.test_loss)
+
+
+CHILD = """
+import multiprocessing, sys
+from adabatch.data import Folder
+
+def read(folder):
+    global data
+    data = Folder(folder, workers=2, size=32)
+    list(data.test_batches([(0, 12)]))
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=read, args=sys.argv[1:])
+    child.start()
+    child.join()
+    print("ended", child.exitcode)
+"""
+
+
+def test_workers_end_with_a_process_of_multiprocessing(folder):
+    done = subprocess.run([sys.executable, "-c", CHILD, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("ended 0\n", 0), done.stderr
 
 
 def test_a_run_that_was_killed_can_be_taken_up_at_once(folder, tmp_path):

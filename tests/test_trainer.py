@@ -79,8 +79,8 @@ class Watched:
         self.device, self.shape, self.train_size, self.test_size = self.inner.device, self.inner.shape, samples, 50
         self.draw, self.test_batches, self.seen = self.inner.draw, self.inner.test_batches, []
 
-    def train_batches(self, epoch, spans):
-        for a, b in spans:
+    def train_batches(self, epoch, slices):
+        for a, b in slices:
             i = epoch.order[a:b]
             self.seen += [
                 [epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])]
