@@ -253,10 +253,11 @@ def evaluate(
     step.model.train()
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
-def try_size(step: Step, x: torch.Tensor, y: torch.Tensor) -> RuntimeError | None:
-    "Forward and backward over a batch, leaving no trace. The error if the device runs out of memory."
+def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
+    "Forward and backward over the batch `sample(size)`, leaving no trace. The error if the device runs out of memory."
     buffers = copy.deepcopy(list(step.model.buffers()))
     try:
+        x, y = sample(size)
         for _ in range(2):
             with step.exchanging(last=False): step.measure(step.net, x, y)[0].backward()
     except RuntimeError as error:
@@ -391,7 +392,7 @@ class MicroBatch:
         if batch_size in self.sizes: return self.sizes[batch_size], limit
         size = min(n for n in (split(batch_size, self.world.size)[0], self.asked, limit) if n)
         while self.tries_memory:
-            error = try_size(self.step, *self.sample(size))
+            error = try_size(self.step, self.sample, size)
             if not self.world.maximum([error is not None])[0]: break
             if size == 1:
                 reason = error or "in another process"
@@ -497,7 +498,7 @@ def prepare(loop: EpochLoop):
         for update in (segment.update, segment.update + segment.updates - 1):
             parts, _ = loop.micro_batch.part(loop.plan.at(update), size)
             sizes |= {stop - start for start, stop in parts}
-    for size in sorted(sizes) if loop.compile else (): try_size(loop.step, *loop.micro_batch.sample(size))
+    for size in sorted(sizes) if loop.compile else (): try_size(loop.step, loop.micro_batch.sample, size)
     synchronize(loop.device)
     state.sums.resize_seconds += time.perf_counter() - begin
 

@@ -353,26 +353,38 @@ class Cramped(torch.nn.Module):
         return self.net(x)
 
 
-def cramped(folder):
-    "Only process 1 runs out of memory, and above 10 samples."
+def cramped_sample(t, most):
+    "Make the trial batch itself raise above `most` samples."
+    made = t.micro_batch.sample
+
+    def sample(count):
+        if count > most:
+            raise torch.OutOfMemoryError("injected")
+        return made(count)
+
+    t.micro_batch.sample = sample
+
+
+def cramped(folder, where):
+    "Only process 1 runs out of memory, and above 10 samples: in the network, or before, for the input."
+    most = 10 if int(os.environ.get("RANK", 0)) == 1 else 10**6
     with process_group("cpu"):
-        t = trainer(GROWING, Cramped(10 if int(os.environ.get("RANK", 0)) == 1 else 10**6))
+        t = trainer(GROWING, Cramped(most if where == "network" else 10**6))
         t.micro_batch.tries_memory = True
+        if where == "input":
+            cramped_sample(t, most)
         history = t.fit()
         if t.world.rank == 0:
             torch.save([weights(t.model), [r["micro_batch"] for r in history]], f"{folder}/{t.world.size}.pt")
 
 
-def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path):
+@pytest.mark.parametrize("where", ["network", "input"])
+def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path, where):
     for size in (1, 2):
-        together(size, cramped, str(tmp_path))
+        together(size, cramped, str(tmp_path), where)
     (whole, as_asked), (halved, used) = (torch.load(tmp_path / f"{size}.pt") for size in (1, 2))
-    assert as_asked == [16, 16, 32, 32] and used == [
-        8,
-        8,
-        8,
-        8,
-    ]  # 16 over two is 8; the stage of 32 does not fit with 16
+    assert as_asked == [16, 16, 32, 32]
+    assert used == [8, 8, 8, 8]  # 16 over two is 8; the stage of 32 does not fit with 16
     assert torch.allclose(whole, halved, rtol=1e-9, atol=1e-12)
 
 
@@ -387,7 +399,7 @@ def test_trying_a_batch_leaves_no_trace():
     torch.manual_seed(0)
     t = trainer(GROWING, get_model("resnet20"))
     before = copy.deepcopy(t.model.state_dict())
-    assert engine.try_size(t.step, *t.micro_batch.sample(4)) is None
+    assert engine.try_size(t.step, t.micro_batch.sample, 4) is None
     assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
     assert all(p.grad is None for p in t.model.parameters())
 
