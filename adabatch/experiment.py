@@ -48,7 +48,7 @@ class Experiment:
     seed: int = _option(0, "of initial weights, order and augmentation")
     compile: bool = _option(False, "run the network through torch.compile")
     device: str | None = _option(None, "cpu, cuda, cuda:<n> or mps; default: the fastest there is")
-    workers: int | None = _option(None, "processes that read images from folders, for each process; default: by cores")
+    workers: int | None = _option(None, "processes that read a folder's images, for each process; default: by cores")
     data_dir: str = _option("data", "folder of the data sets")
     output_dir: str = _option("outputs", "folder of the records")
     save_weights: bool = _option(True, "keep the trained weights beside the record")
@@ -174,9 +174,7 @@ def _check_ranges(e):
     for name in ("micro_batch", "processes"):
         value = getattr(e, name)
         if value is not None and value < 1: raise ValueError(f"{name} must be at least 1, not {value}")
-    most = 8 * (os.cpu_count() or 1)
-    if e.workers is not None and not 0 <= e.workers <= most:
-        raise ValueError(f"workers must be from 0 to {most} on this machine, not {e.workers}")
+    if e.workers is not None and e.workers < 0: raise ValueError(f"workers must not be negative, not {e.workers}")
     for name in ("momentum", "weight_decay", "seed", "checkpoint_minutes"):
         value = getattr(e, name)
         if not 0 <= value < math.inf: raise ValueError(f"{name} must be finite and not negative, not {value}")
@@ -191,8 +189,12 @@ def _started():
 
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
+    if e.processes > 1 and e.device.startswith("cuda:"):
+        raise ValueError(f"device {e.device} is one GPU, for {e.processes} processes: give device cuda, one for each")
     if "WORLD_SIZE" not in os.environ: check_device(e.device)
     elif e.processes != _started(): raise ValueError(f"processes is {e.processes}, but torchrun started {_started()}")
+    most = 8 * (os.cpu_count() or 1)
+    if (e.workers or 0) > most: raise ValueError(f"workers must be at most {most} on this machine, not {e.workers}")
     if e.precision == "tf32" and not e.device.startswith("cuda"):
         raise ValueError(f"tf32 is a precision of NVIDIA GPUs, not of {e.device}: give precision fp32")
     if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
@@ -214,7 +216,7 @@ def _epochs(text):
 
 def resolve(
     experiment: Experiment,
-    here: bool = True,  # check that this machine can run it; not if it will run on another
+    here: bool = True,  # check that this machine can run it; False if it will run on another one
 ) -> Run:
     "Fill in the recipe's values and check everything. TypeError or ValueError, in one line."
     for name in FIELDS: _check_type(name, getattr(experiment, name))

@@ -7,7 +7,7 @@ __all__ = ['NOTEBOOK', 'EXECUTORS', 'RESUBMISSIONS', 'state', 'finished', 'comma
            'Cluster', 'main']
 
 # %% ../nbs/09_sweep.ipynb #ca2b3c21
-import argparse, contextlib, os, signal, statistics, subprocess, sys, time
+import argparse, contextlib, functools, os, signal, statistics, subprocess, sys, time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -49,18 +49,27 @@ def command(run: Run, executor: str) -> list[str]:
     output = str(run.path.with_suffix(".partial.ipynb"))
     return [sys.executable, "-m", "papermill", os.path.relpath(NOTEBOOK), output, "--no-progress-bar", *parameters]
 
-def time_needed(run: Run) -> str:
-    "How long a whole run takes, by the records in its folder that such a device made; empty without any."
-    device, costs = device_name(torch.device(run.experiment.device)), []
-    for path in run.path.parent.glob("*.npz"):
-        with contextlib.suppress(ValueError):
-            made = record.load(path)
-            if made.environment.get("device") == device: costs.append(made.seconds_per_sample)
+def _records(folder):
+    "The records in a folder that can be read."
+    found = []
+    for path in folder.glob("*.npz"):
+        with contextlib.suppress(ValueError): found.append(record.load(path))
+    return found
+
+def time_needed(
+    run: Run,
+    records: Callable = _records,  # of the folder in which the run's lies
+) -> str:
+    "How long a whole run takes, by the records that such a device made in the same way; empty without any."
+    e, device = run.experiment, device_name(torch.device(run.experiment.device))
+    how = {n: getattr(e, n) for n in ("processes", "micro_batch", "precision", "compile")}
+    costs = [made.seconds_per_sample for made in records(run.path.parent)
+             if made.environment.get("device") == device and how.items() <= (made.config | made.environment).items()]
     if not costs: return ""
-    samples = training_samples(run.experiment) * run.schedule.epochs
+    samples = training_samples(e) * run.schedule.epochs
     return f", about {duration(statistics.median(costs) * samples)} in all"
 
-def table(runs: list[Run], executor: str, note: Callable = time_needed) -> str:
+def table(runs: list[Run], executor: str, note: Callable) -> str:
     "The runs with their states, what `note(run)` adds to those that are left, and how many these are."
     states = [state(run) for run in runs]
     left = [not finished(run, executor, found) for run, found in zip(runs, states)]
@@ -87,7 +96,8 @@ class Sweep:
 
     def table(self) -> str:
         "The runs with their states, and how many are left."
-        return table(self.runs, self.executor)
+        records = functools.cache(_records)  # each is read once, however many runs are left
+        return table(self.runs, self.executor, lambda run: time_needed(run, records))
 
     def _make(self, run):
         "One run. Returns what to say of it."

@@ -70,7 +70,7 @@ def process_group(
     "Join the processes that torchrun started, if it did. Gives this process's device; ValueError if it is not there."
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if size > 1 and device.startswith("cuda:"):
-        raise ValueError(f"device {device} is one GPU for {size} processes: give device cuda, one GPU a process")
+        raise ValueError(f"device {device} is one GPU, for {size} processes: give device cuda, one for each")
     found = check_device(f"cuda:{local}" if size > 1 and device == "cuda" else device)
     if size > 1 and found.type == "cuda": torch.cuda.set_device(found)  # NCCL goes by the current one
     if size > 1: dist.init_process_group("nccl" if found.type == "cuda" else "gloo", **_rendezvous())

@@ -292,6 +292,8 @@ def test_a_sweep_goes_on_after_a_failure_and_makes_only_what_is_left(tmp_path, c
     table = Sweep(runs, "process").table().splitlines()
     seconds = record.load(runs[1].path).seconds_per_sample * 1437 * 10  # of ten epochs
     assert table[0].endswith(f"to do, about {duration(seconds)} in all") and table[1].endswith("complete")
+    other = resolve(replace(bad[0], micro_batch=64))
+    assert ", about " not in Sweep([other], "process").table()  # its updates are divided in another way
     assert table[2] == "2 runs, 1 left to do"
 
 
