@@ -47,7 +47,7 @@ notebooks: setup  ## execute run.ipynb again for every record, to show its train
 gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
 	python -m adabatch.gpu $(ARGS)
 
-bench: setup  ## samples per second over the batch size, beside other loops; half an hour, with nothing beside (ARGS="-p networks alexnet")
+bench: setup  ## samples per second over the batch size, beside other loops; half an hour, with nothing else running (ARGS="-p networks alexnet")
 	mkdir -p outputs
 	papermill nbs/benchmark.ipynb outputs/benchmark.ipynb $(ARGS)
 

@@ -385,12 +385,13 @@ def time_saved(evidence: Evidence) -> str:
     ratios = []
     for network, times in evidence.benchmark["schedules"].items():
         fixed, growing = np.array(times["seen"])
-        ratios.append(f"{network} {fixed.sum() / growing.sum():.2f} times as fast ({len(fixed)} epochs of "
-                      f"{times['samples']:,} images, by epoch {(fixed / growing).min():.2f} to "
+        ratios.append(f"{network} {fixed.sum() / growing.sum():.2f} times as fast as the fixed batch ({len(fixed)} "
+                      f"epochs of {times['samples']:,} images, by epoch {(fixed / growing).min():.2f} to "
                       f"{(fixed / growing).max():.2f})")
     machine = evidence.benchmark["machine"]
     return (f"Along a short schedule from the smallest to the largest batch, on {machine['device']}: "
-            f"{'; '.join(ratios)}. One benchmark run with nothing beside; the times of the records support no claim.")
+            f"{'; '.join(ratios)}. One benchmark run with nothing else running; the times in the records support no "
+            "claim.")
 
 def answers(evidence: Evidence) -> str:
     "Does AdaBatch end where the small batch ends, how many updates and how much time does it save, where does it fail?"

@@ -62,10 +62,10 @@ def save_checkpoint(
     try:
         with atomic_write(path, _previous(path)) as f:
             torch.save(state | {"digest": _digest(state, hashlib.sha256())}, f)
-    except (OSError, RuntimeError) as e:  # torch turns a full disk into a RuntimeError
-        reason = getattr(e, "strerror", None) or " ".join(str(e).split())
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         kept = "the last good checkpoint is still there" if checkpoint_files(path) else "there is no checkpoint"
-        raise OSError(f"{path} could not be written ({reason}); {kept}") from e
+        raise OSError(f"{path} could not be written ({reason}); {kept}") from error
 
 # %% ../nbs/01_files.ipynb #007c619d
 def _read(path):
@@ -109,7 +109,8 @@ def lock(path: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
     except Timeout: raise ValueError(f"{path} is being made by another process") from None
-    except OSError as e: raise OSError(f"output folder {path.parent} cannot be written ({e.strerror})") from None
+    except OSError as error:
+        raise OSError(f"output folder {path.parent} cannot be written ({error.strerror})") from None
     try: yield
     finally:
         Path(held.lock_file).unlink(missing_ok=True)  # while it is held: a lock on a file that is gone is refused

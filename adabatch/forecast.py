@@ -165,11 +165,11 @@ def advice(measurement: Measurement, batch_norm: bool) -> list[str]:
     enough, largest = saturation(measurement), max(measurement.rates)
     if enough == largest: lines = [f"batch size: the rate rises up to {largest}, the largest measured; growth pays"]
     else: lines = [f"batch size: {enough} is within {HARDLY:.0%} of the highest rate; growth beyond it saves little"]
-    pieces = faster_micro_batch(measurement)
-    if pieces is None: return [*lines, f"micro-batch: none, a batch of {largest} is as fast whole"]
-    gain = f"{measurement.rates[pieces] / measurement.rates[largest]:.2f} times the rate of {largest} whole"
-    if not batch_norm: return [*lines, f"micro-batch: {pieces}, the same updates at {gain}, or more"]
-    return [*lines, f"micro-batch: {pieces} would give {gain}, but with batch normalisation it is another experiment"]
+    size = faster_micro_batch(measurement)
+    if size is None: return [*lines, f"micro-batch: none, a batch of {largest} is as fast whole"]
+    gain = f"{measurement.rates[size] / measurement.rates[largest]:.2f} times the rate of {largest} whole"
+    if not batch_norm: return [*lines, f"micro-batch: {size}, the same updates at {gain}, or more"]
+    return [*lines, f"micro-batch: {size} would give {gain}, but with batch normalisation it is another experiment"]
 
 # %% ../nbs/11_forecast.ipynb #162d95d7
 OPTIONS = ("model", "dataset", "batch_size", "max_batch_size", "epochs", "every", "milestones", "growth", "drop_last",
@@ -201,8 +201,8 @@ def rate_table(measurement: Measurement, batch_sizes: list[int], samples: int) -
 def _comparison(runs, samples, measurement):
     "The time of each schedule, and the speed-up."
     times = [predict(run.schedule, samples, measurement, run.experiment.drop_last) for run in runs]
-    spans = [f"{duration(t.median)} ({duration(t.low)} to {duration(t.high)})" for t in times]
-    lines = [f"{run.arm:24s} {span}" for run, span in zip(runs, spans)]
+    texts = [f"{duration(t.median)} ({duration(t.low)} to {duration(t.high)})" for t in times]
+    lines = [f"{run.arm:24s} {text}" for run, text in zip(runs, texts)]
     gain = times[0] / times[1]
     verdict = "saves time" if gain.low > 1 else "costs time" if gain.high < 1 else "neither saves nor costs time"
     return "\n".join([*lines, f"speed-up {gain:.2f}, {len(gain.values)} rounds: the growing batch {verdict} here"])

@@ -96,7 +96,7 @@ def save(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f: np.savez_compressed(f, **arrays, **texts)
-    except OSError as e: raise OSError(f"{path} could not be written ({e.strerror})") from e
+    except OSError as error: raise OSError(f"{path} could not be written ({error.strerror})") from error
 
 def _check(record):
     "ValueError unless all of it is of the kind that `save` writes."
@@ -116,8 +116,8 @@ def load(path: str | Path) -> Record:
         record = Record(arrays, config, environment, str(values["status"]))
         _check(record)
         return record
-    except Exception as e:  # numpy, zipfile and json raise many kinds for a torn file; all mean the same here
-        raise ValueError(f"{path} is damaged or no record ({type(e).__name__}): "
+    except Exception as error:  # numpy, zipfile and json raise many kinds for a torn file; all mean the same here
+        raise ValueError(f"{path} is damaged or no record ({type(error).__name__}): "
                          "delete it, and make the run again") from None
 
 def differences(a: Record, b: Record) -> list[str]:

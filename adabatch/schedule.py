@@ -480,7 +480,7 @@ def plot_schedule(
         axes[0].plot(done, sizes, **style)
         axes[1].plot(done, lrs, **style)
         epochs = range(0, schedule.epochs, -(-schedule.epochs // 1000))
-        updates = [schedule.updates(e, samples, drop_last) for e in epochs]
+        updates = [schedule.updates(epoch, samples, drop_last) for epoch in epochs]
         axes[2].stairs(updates, [*epochs, schedule.epochs], baseline=None, **style)
     for ax, title in zip(axes, ("batch size (samples)", "learning rate", "updates per epoch")):
         ax.set(xlabel="epoch", ylabel=title, yscale="log")

@@ -119,6 +119,10 @@ def _load_data(run, device, world):
     world.on_rank_0(lambda: loaded.append(load_data(e.dataset, e.data_dir, device, e.workers)))
     return loaded[0] if loaded else load_data(e.dataset, e.data_dir, device, e.workers)
 
+def _test_metrics(data):
+    "What is measured on a test set beside loss and error: the top-5 error of images from folders."
+    return {"test_error_top5": percent_outside_top5} if isinstance(data, Folder) and data.classes > 5 else {}
+
 def make_trainer(run: Run, data) -> Trainer:
     "The network with its initial weights, the optimizer and the trainer of a run."
     e = run.experiment
@@ -126,9 +130,8 @@ def make_trainer(run: Run, data) -> Trainer:
     model = get_model(e.model, data.classes)
     optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay,
                                 fused=data.device.type == "cuda")
-    top5 = {"test_error_top5": percent_outside_top5} if isinstance(data, Folder) and data.classes > 5 else {}
     return Trainer(model, optimizer, data, run.schedule, e.seed, e.drop_last, e.micro_batch, e.precision, e.compile,
-                   test_metrics=top5)
+                   test_metrics=_test_metrics(data))
 
 def _save(run, trainer):
     "Weights and record; the checkpoint is not needed any more."
@@ -291,8 +294,9 @@ class Progress(Silent):
         self._print(epoch_line(self.epoch, self.epochs, row) + (f"  about {duration(left)} left" if left else ""))
 
 # %% ../nbs/08_train.ipynb #2e8f7071
-def evaluate_weights(run: Run) -> tuple[float, float]:
-    "Test loss and error (percent) of a run's weights. FileNotFoundError if not kept, ValueError if damaged."
+def evaluate_weights(run: Run) -> dict[str, float]:
+    """Test loss and errors (percent) of a run's weights, by their names in the record. FileNotFoundError if they were
+    not kept, ValueError if they are damaged."""
     e, path = run.experiment, weights_path(run)
     if not path.exists(): raise FileNotFoundError(f"{path} is not there: make the run, with save_weights")
     weights = load_weights(path)
@@ -302,15 +306,19 @@ def evaluate_weights(run: Run) -> tuple[float, float]:
     except (RuntimeError, TypeError, AttributeError):  # torch's message has a line for each weight
         raise ValueError(f"{path} holds weights of another network: delete it, and make the run again") from None
     model = model.to(data.device, memory_format=torch.channels_last)
-    return tuple(evaluate(Step(model, None, data.device, cross_entropy, percent_wrong), data))
+    others = _test_metrics(data)
+    values = evaluate(Step(model, None, data.device, cross_entropy, percent_wrong), data, *others.values())
+    return dict(zip(["test_loss", "test_error", *others], values))
 
 # %% ../nbs/08_train.ipynb #56cc4c9b
 def _command(e, evaluate_only):
     "Make the run, or test its weights, and say so."
     r = resolve(e)
     if evaluate_only:
-        loss, error = evaluate_weights(r)
-        return print(f"test loss {loss:.4f}, test error {error:.2f} % of {weights_path(r).as_posix()}")
+        found = evaluate_weights(r)
+        top5 = f" (top-5 {found['test_error_top5']:.2f} %)" if "test_error_top5" in found else ""
+        return print(f"test loss {found['test_loss']:.4f}, test error {found['test_error']:.2f} %{top5} "
+                     f"of {weights_path(r).as_posix()}")
     first = os.environ.get("RANK", "0") == "0"
     launches = r.experiment.processes > 1 and "WORLD_SIZE" not in os.environ  # rank 0 of those will print
     if first and not launches: print(r.describe(), flush=True)

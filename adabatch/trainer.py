@@ -475,14 +475,14 @@ class EpochLoop:
         for size in dict.fromkeys(sizes): state.divided(self.world.size, size)
         parts = [self.micro_batch.part(update, size) for update, size in zip(left, sizes)]
         drawn = self.data.draw(self.seed, state.epoch)
-        batches = iter(self.data.train_batches(drawn, [piece for pieces, _ in parts for piece in pieces]))
+        batches = iter(self.data.train_batches(drawn, [micro for slices, _ in parts for micro in slices]))
         source = np.random.SeedSequence([self.seed, state.epoch, self.world.rank])
         seeds = source.generate_state(len(updates), np.uint64)
-        for update, (pieces, weight) in zip(left, parts):
+        for update, (slices, weight) in zip(left, parts):
             for group in self.optimizer.param_groups: group["lr"] = update.lr
             seed_device(int(seeds[state.update]), self.device)
             samples = update.batch[1] - update.batch[0]
-            self.step.update(samples, len(pieces), weight, batches, state.sums, self.clock)
+            self.step.update(samples, len(slices), weight, batches, state.sums, self.clock)
             state.update += 1
             after_update(len(updates))
             self.clock.mark(None)

@@ -70,7 +70,7 @@ def cifar10():
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def papermill(folder):
-    "The command that executes run.ipynb with its outputs in the folder; parameters may follow."
-    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", str(folder / "out.ipynb"), "--no-progress-bar"]
-    return [*command, "-p", "output_dir", str(folder)]
+def papermill(folder, notebook="run"):
+    "The command that executes a notebook with its outputs in the folder; parameters may follow."
+    command = [sys.executable, "-m", "papermill", f"nbs/{notebook}.ipynb", str(folder / "out.ipynb")]
+    return [*command, "--no-progress-bar", "-p", "output_dir", str(folder)]

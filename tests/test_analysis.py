@@ -173,7 +173,8 @@ def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
     raw = dict(machine=dict(device="cpu (made up)"), schedules=dict(alexnet=times))
     (tmp_path / "benchmark.json").write_text(json.dumps(raw))
     answers = analysis.answers(collect(tmp_path))
-    assert "cpu (made up): alexnet 1.50 times as fast (2 epochs of 1,000 images, by epoch 1.00 to 2.00)" in answers
+    assert "cpu (made up): alexnet 1.50 times as fast as the fixed batch (2 epochs of 1,000 images, " in answers
+    assert "by epoch 1.00 to 2.00)" in answers
     (tmp_path / "benchmark.json").write_text("{")
     evidence = collect(tmp_path)
     assert evidence.left_out == ["benchmark.json: damaged"] and "Not shown" in analysis.answers(evidence)

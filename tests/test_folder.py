@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from conftest import papermill
 from test_crash import wait_for
 
 from adabatch import data, record, train
@@ -118,11 +119,15 @@ def test_a_long_image_is_cut_before_it_is_scaled(folder):
 # --- top-5
 
 
-def test_the_top_5_error_is_kept_where_there_are_more_than_five_classes(folder, tmp_path, tiny_network):
+def test_the_top_5_error_is_kept_where_there_are_more_than_five_classes(folder, tmp_path, tiny_network, capsys):
     e = Experiment(dataset=str(folder), output_dir=str(tmp_path / "out"), workers=0, **SHORT)
     six = run(e)
     assert (six.test_error_top5 <= six.test_error).all() and f"(top-5 {six.test_error_top5[-1]:.2f} %)" in six.summary()
     assert "test_error_top5" in np.load(resolve(e).path).files
+    options = ["--output_dir", str(tmp_path / "out"), "--dataset", str(folder), "--workers", "0"]
+    assert main([*options, *(f"--{n}={v}" for n, v in SHORT.items()), "--evaluate"]) == 0
+    errors = f"test error {six.test_error[-1]:.2f} % (top-5 {six.test_error_top5[-1]:.2f} %)"
+    assert errors in capsys.readouterr().out
     shutil.rmtree(folder / "train/class5")
     shutil.rmtree(folder / "val/class5")
     five = run(replace(e, overwrite=True))
@@ -130,6 +135,17 @@ def test_the_top_5_error_is_kept_where_there_are_more_than_five_classes(folder, 
     assert "test_error_top5" in record.differences(six, five)
     with pytest.raises(AttributeError):
         five.test_error_top5  # noqa: B018
+
+
+def test_the_notebook_streams_the_folder_and_the_settings_that_papermill_names(folder, tmp_path):
+    settings = dict(dataset=folder, batch_size=8, max_batch_size=16, epochs=2, every=1, device="cpu", workers=1)
+    parameters = [part for name, value in settings.items() for part in ("-p", name, str(value))]
+    done = subprocess.run([*papermill(tmp_path, "imagenet"), *parameters], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = record.load(tmp_path / "images/alexnet_imagenet/adabatch-8-16-epochs2-every1-seed0.npz")
+    assert found.status == "complete" and found.batch_size.tolist() == [8, 16]
+    done = subprocess.run([*papermill(tmp_path, "imagenet"), "-p", "epoch", "2"], capture_output=True, text=True)
+    assert "unknown parameter 'epoch': did you mean 'epochs'?" in done.stderr.strip().splitlines()[-1]
 
 
 def test_top_5_counts_every_test_image_once(folder):
