@@ -9,7 +9,7 @@ __all__ = ['Key', 'TIMING', 'STEPS', 'COUNTED', 'FIRST', 'COLUMNS', 'STYLES', 'T
            'claims_table', 'error_claim', 'error_claims', 'updates_claim', 'effective_rate_claim', 'speed_claim',
            'no_convergence_claim', 'flattens_claim', 'found_claims', 'time_saved', 'answers', 'decided_otherwise',
            'planned', 'coverage', 'seconds_per_sample', 'not_run', 't4_table', 'plot_comparisons', 'first_figure',
-           'plot_arms', 'plot_speed', 'results', 'write_between', 'render', 'main']
+           'plot_arms', 'show', 'plot_speed', 'results', 'write_between', 'render', 'main']
 
 # %% ../nbs/10_analysis.ipynb #22e98414
 import argparse, json, sys
@@ -604,6 +604,16 @@ def plot_arms(evidence: Evidence, dataset: str, model: str):
     fig.suptitle(f"{model} on {dataset}")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return fig
+
+def show(
+    figure,  # matplotlib's; None: nothing is shown
+    alt: str,  # what it shows, for those who do not see it
+):
+    "Display a figure in a notebook, with its alternative text, and close it."
+    if figure is None: return
+    from IPython.display import display
+    display(figure, metadata={"image/png": {"alt": alt}})
+    record.pyplot().close(figure)
 
 def plot_speed(
     rows: list[tuple[str, float, float]],  # label, forward and backward seconds; speed-ups are over the first

@@ -223,3 +223,6 @@ def test_the_report_executes_on_the_evidence(tmp_path):
     evidence = collect("outputs")
     text = run_report(Path("outputs"), tmp_path)
     assert f"{sum(map(len, evidence.runs.values()))} records" in text and evidence.left_out == []
+    outputs = [o for cell in json.loads(text)["cells"] for o in cell.get("outputs", ())]
+    figures = [o for o in outputs if "image/png" in o.get("data", ())]
+    assert figures and all(o["metadata"]["image/png"]["alt"] for o in figures)
