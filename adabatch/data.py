@@ -251,6 +251,33 @@ def read_ahead(
                          f"are enough for {images}: give fewer, or enlarge it (docker run --shm-size 1g)")
     return workers, max(1, min(16, images // max(1, workers)))
 
+# %% ../nbs/02_data.ipynb #f88be070
+class _Reader:
+    "The images of one set, read in pieces by workers that live as long as it does."
+    def __init__(self, squares, workers, piece, device):
+        self.squares, self.piece, self.device = squares, piece, device
+        several = dict(persistent_workers=True, prefetch_factor=AHEAD) if workers else {}
+        self.loader = DataLoader(squares, batch_sampler=Batches(), num_workers=workers, collate_fn=_as_read,
+                                 worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda", **several)
+
+    def read(self, keys, slices):
+        "Images (B, size, size, 3) uint8 and labels (B,) int64 of each slice, put together on the device."
+        pieces = [[(k, min(k + self.piece, stop)) for k in range(start, stop, self.piece)] for start, stop in slices]
+        self.loader.batch_sampler.fill(keys(*piece) for batch in pieces for piece in batch)
+        read, size = iter(self.loader), self.squares.size
+        for (start, stop), batch in zip(slices, pieces):
+            images = torch.empty(stop - start, size, size, 3, dtype=torch.uint8, device=self.device)
+            labels = torch.empty(stop - start, dtype=torch.int64, device=self.device)
+            for a, b in batch: self._copy(next(read), images[a - start:b - start], labels[a - start:b - start])
+            yield images, labels
+
+    def _copy(self, piece, images, labels):
+        "Put a piece into its place in a batch: at once, so that it leaves the shared memory."
+        if isinstance(piece, ValueError): raise piece
+        pinned = self.device.type == "cuda"  # only then is a copy that is not waited for safe
+        images.copy_(piece[0], non_blocking=pinned)
+        labels.copy_(piece[1], non_blocking=pinned)
+
 # %% ../nbs/02_data.ipynb #5fd575f1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -265,7 +292,7 @@ class Folder:
         size: int = 224,  # height and width of the squares that images become, in pixels
     ):
         self.device, self.shape, root = torch.device(device), (3, size, size), Path(path)
-        self.workers, self.piece = read_ahead(workers, 3 * size * size)
+        self.workers, piece = read_ahead(workers, 3 * size * size)
         tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
         if not tests or not (root / "train").is_dir():
             raise ValueError(f"{path} must hold class folders in train/ and in val/ or test/")
@@ -275,36 +302,17 @@ class Folder:
             raise ValueError(f"{lacking} lacks the class {alone[0]}: both sets must have the same class folders")
         self.classes, self.train_size, self.test_size = len(names), len(train[0]), len(test[0])
         self.mean, self.std = (_per_channel(v, self.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        self.train, self.test = (self._loader(_Squares(*files, size)) for files in (train, test))
-        end = Finalize(self, _end_workers, [(self.train, self.test)], exitpriority=100)  # queues are closed at 10
+        squares = _Squares(*train, size), _Squares(*test, size)
+        self.train, self.test = (_Reader(one, self.workers, piece, self.device) for one in squares)
+        end = Finalize(self, _end_workers, [(self.train.loader, self.test.loader)], exitpriority=100)  # queues are closed at 10
         atexit.register(end)  # before PyTorch's own; a child process of multiprocessing calls `Finalize`'s alone
-
-    def _loader(self, squares):
-        several = dict(persistent_workers=True, prefetch_factor=AHEAD) if self.workers else {}
-        return DataLoader(squares, batch_sampler=Batches(), num_workers=self.workers, collate_fn=_as_read,
-                          worker_init_fn=_ignore_signals, pin_memory=self.device.type == "cuda", **several)
 
     def draw(self, seed: int, epoch: int) -> Epoch:
         "As `Images.draw`. Crops are drawn when an image is read and its size is known."
         return draw_epoch(self.train_size, seed, epoch)
 
-    def _batches(self, loader, keys, slices):
-        "The batch of each slice, put together on the device from the pieces that workers read."
-        pieces = [[(k, min(k + self.piece, stop)) for k in range(start, stop, self.piece)] for start, stop in slices]
-        loader.batch_sampler.fill(keys(*piece) for batch in pieces for piece in batch)
-        read = iter(loader)
-        for (start, stop), batch in zip(slices, pieces):
-            images = torch.empty(stop - start, *self.shape[1:], 3, dtype=torch.uint8, device=self.device)
-            labels = torch.empty(stop - start, dtype=torch.int64, device=self.device)
-            for a, b in batch: self._copy(next(read), images[a - start:b - start], labels[a - start:b - start])
-            yield _normalise(images.permute(0, 3, 1, 2), self.mean, self.std), labels
-
-    def _copy(self, piece, images, labels):
-        "Put a piece into its place in a batch: at once, so that it leaves the shared memory."
-        if isinstance(piece, ValueError): raise piece
-        pinned = self.device.type == "cuda"  # only then is a copy that is not waited for safe
-        images.copy_(piece[0], non_blocking=pinned)
-        labels.copy_(piece[1], non_blocking=pinned)
+    def _normalised(self, batches):
+        for images, labels in batches: yield _normalise(images.permute(0, 3, 1, 2), self.mean, self.std), labels
 
     def train_batches(self, epoch: Epoch, slices: list[tuple[int, int]]) -> Iterator:
         "As `Images.train_batches`. ValueError, naming it, for an image that cannot be read."
@@ -313,11 +321,12 @@ class Folder:
         def keys(start, stop):
             samples = order[start:stop]
             return list(zip(samples.tolist(), seeds[samples].tolist()))
-        return self._batches(self.train, keys, slices)
+        return self._normalised(self.train.read(keys, slices))
 
     def test_batches(self, slices: list[tuple[int, int]]) -> Iterator:
         "As `Images.test_batches`. ValueError, naming it, for an image that cannot be read."
-        return self._batches(self.test, lambda start, stop: [(i, None) for i in range(start, stop)], slices)
+        def keys(start, stop): return [(i, None) for i in range(start, stop)]
+        return self._normalised(self.test.read(keys, slices))
 
 # %% ../nbs/02_data.ipynb #4e825c0c
 CIFAR = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's folders

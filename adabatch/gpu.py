@@ -267,9 +267,9 @@ def memory_limit(device: str) -> str:
     data = load_data("digits", device=device)
     data.train_size, data.test_size = 512, 50
 
-    def stop(row): signal.raise_signal(signal.SIGTERM)
+    def stop(epoch, row): signal.raise_signal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as tmp:
-        for on_epoch in (stop, lambda row: None):
+        for on_epoch in (stop, lambda epoch, row: None):
             trainer = make_trainer(run, data)
             with limited_memory(trainer, 256), contextlib.suppress(Interrupted):
                 trainer.fit(f"{tmp}/run.pt", on_epoch=on_epoch)

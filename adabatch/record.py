@@ -24,6 +24,7 @@ OPTIONAL = ("test_error_top5",)  # measures that not every record has
 STATUS = ("complete", "diverged")
 _KINDS = {name: np.int64 if name in COUNTS else np.float64 for name in (*COUNTS, *MEASURES, *CLOCKS, *OPTIONAL)}
 
+# %% ../nbs/06_record.ipynb #0c52bccb
 @dataclass(frozen=True)
 class Record:
     "A finished run. The arrays are attributes too: `record.test_error`."
@@ -70,6 +71,7 @@ class Record:
                 f"{self.samples_per_second:,.0f} training samples/s, "
                 f"{self.train_seconds.sum() + self.test_seconds.sum():,.0f} s on {self.environment['device']}")
 
+# %% ../nbs/06_record.ipynb #2dcb2d54
 def epoch_line(
     epoch: int,  # counted from 0
     epochs: int,

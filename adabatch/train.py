@@ -144,7 +144,7 @@ def _save(run, trainer):
 
 def train(
     run: Run,
-    progress=None,  # what to show: `on_record(record)`, `on_epoch(row)`, `on_update(epoch, update, updates)`
+    progress=None,  # what to show: `on_record(record)`, `on_epoch(epoch, row)`, `on_update(epoch, update, updates)`
     data=None,  # its data set, if it is loaded already
 ) -> Record:
     "Make the record of a run in this process, or load it if it is there."
@@ -250,7 +250,7 @@ def _failure(lines):
 class Silent:
     "Shows nothing."
     def on_record(self, found): pass
-    def on_epoch(self, row): pass
+    def on_epoch(self, epoch, row): pass
     def on_update(self, epoch, update, updates): pass
 
 def duration(seconds: float) -> str:
@@ -262,7 +262,7 @@ class Progress(Silent):
     """A printed line an epoch, and a bar for the epoch under way where it can be wiped out again; where it cannot, in
     a pipe, a line a minute."""
     def __init__(self, run: Run):
-        self.epochs, self.epoch, self.handle = run.schedule.epochs, None, None
+        self.epochs, self.handle = run.schedule.epochs, None
         self.drawn, self.printed = 0.0, time.monotonic()
 
     def on_record(self, found):
@@ -270,7 +270,6 @@ class Progress(Silent):
         print(found.log(), flush=True)
 
     def on_update(self, epoch, update, updates):
-        self.epoch = epoch
         if time.monotonic() - self.drawn < 0.5: return
         self.drawn = time.monotonic()
         bar = "#" * (30 * update // updates)
@@ -288,10 +287,10 @@ class Progress(Silent):
         print(line, flush=True)
         self.printed = time.monotonic()
 
-    def on_epoch(self, row):
+    def on_epoch(self, epoch, row):
         self._draw("")
-        left = (row["train_seconds"] + row["test_seconds"]) * (self.epochs - self.epoch - 1)  # at this epoch's pace
-        self._print(epoch_line(self.epoch, self.epochs, row) + (f"  about {duration(left)} left" if left else ""))
+        left = (row["train_seconds"] + row["test_seconds"]) * (self.epochs - epoch - 1)  # at this epoch's pace
+        self._print(epoch_line(epoch, self.epochs, row) + (f"  about {duration(left)} left" if left else ""))
 
 # %% ../nbs/08_train.ipynb #2e8f7071
 def evaluate_weights(run: Run) -> dict[str, float]:

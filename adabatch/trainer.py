@@ -527,7 +527,7 @@ class Trainer(EpochLoop):
         checkpoint: str | Path | None = None,  # file to keep the state in, and to resume from if it is there
         identity: dict | None = None,  # what the checkpoint must be of; JSON values
         checkpoint_minutes: float = 2,  # write it when so much time has passed, and at the end
-        on_epoch: Callable = lambda row: None,  # called on rank 0 with the row of each finished epoch
+        on_epoch: Callable = lambda epoch, row: None,  # called on rank 0 after each epoch, with its row of the history
         on_update: Callable = lambda epoch, update, updates: None,  # called after each update
     ) -> list[dict]:  # the history: a row an epoch
         """Train to the end of the schedule, or until the loss is no longer finite.
@@ -547,7 +547,7 @@ class Trainer(EpochLoop):
                 self.train_epoch(after_update)
                 row = epoch_row(self)
                 state.next_epoch(row, self.device)
-                if self.world.rank == 0: on_epoch(row)
+                if self.world.rank == 0: on_epoch(state.epoch - 1, row)
                 self.clock.start()
                 if state.epoch < self.schedule.epochs: self._pause(saver)
             if checkpoint: self._save(saver)

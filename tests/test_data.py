@@ -186,7 +186,7 @@ def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_pat
         one = torch.cat([x for x, _ in streams[0].train_batches(streams[0].draw(0, number), [(0, 5), (5, 12)])])
         batches = list(streams[1].train_batches(streams[1].draw(0, number), [(0, 4), (4, 8), (8, 12)]))
         assert torch.equal(one, torch.cat([x for x, _ in batches]))
-        workers = [w.pid for w in streams[1].train._iterator._workers]
+        workers = [w.pid for w in streams[1].train.loader._iterator._workers]
         if number:
             assert workers == before  # the same processes, with other batches
         before = workers

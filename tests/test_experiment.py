@@ -191,6 +191,21 @@ def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
     assert train.commit() == "unknown"
 
 
+def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_epoch(tmp_path, quick, capsys):
+    class Stop(train.Progress):
+        def on_update(self, epoch, update, updates):
+            if (epoch, update) == (1, updates):
+                signal.raise_signal(signal.SIGTERM)
+
+    e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
+    with pytest.raises(Interrupted, match="after 44 updates of epoch 2"):
+        run(e, Stop(e))
+    capsys.readouterr()
+    found = run(e, train.Progress(e))
+    assert capsys.readouterr().out.startswith("epoch   2/")
+    assert record.differences(found, run(replace(e.experiment, output_dir=str(tmp_path / "whole")))) == []
+
+
 def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
@@ -200,10 +215,10 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     for update in range(1, 91):
         clock[0] += 2
         progress.on_update(1, update, 90)
-    progress.on_epoch(row)
+    progress.on_epoch(1, row)
     for update in range(1, 91):
         progress.on_update(9, update, 90)
-    progress.on_epoch(row)
+    progress.on_epoch(9, row)
     lines = capsys.readouterr().out.splitlines()
     minutes = [line.split()[-1] for line in lines[:3]]
     assert minutes == ["30/90", "60/90", "90/90"] and len(lines) == 5

@@ -74,7 +74,7 @@ def test_order_and_classes_are_those_of_image_folder(folder):
 @pytest.mark.parametrize("workers, piece", [(0, 5), (1, 16), (3, 1), (3, 4)])
 def test_batches_depend_on_seed_and_epoch_alone(folder, workers, piece):
     whole, other = Folder(folder, workers=0, size=32), Folder(folder, workers=workers, size=32)
-    other.piece = piece
+    other.train.piece = other.test.piece = piece
     before = None
     for number in (0, 1):
         epoch = whole.draw(7, number)
@@ -82,7 +82,7 @@ def test_batches_depend_on_seed_and_epoch_alone(folder, workers, piece):
         parts = [shard((0, 24), rank, 3) for rank in range(3)]  # as three processes would read them
         again = [next(other.train_batches(other.draw(7, number), [part])) for part in parts]
         assert torch.equal(x, torch.cat([x for x, _ in again])) and torch.equal(y, torch.cat([y for _, y in again]))
-        files = [Path(os.fsdecode(whole.train.dataset.paths[i])) for i in epoch.order]
+        files = [Path(os.fsdecode(whole.train.squares.paths[i])) for i in epoch.order]
         assert y.tolist() == [CLASSES.index(file.parent.name) for file in files]
         crops = x[epoch.order.argsort()]
         assert before is None or not torch.equal(crops, before)
@@ -93,7 +93,7 @@ def test_pixels_arrive_as_bytes_and_are_normalised_as_torchvision_does(folder):
     from torchvision import transforms
 
     streamed = Folder(folder, workers=0, size=32)
-    (images, labels), x = streamed.test.dataset.__getitems__([(5, None)]), next(streamed.test_batches([(5, 6)]))[0]
+    (images, labels), x = streamed.test.squares.__getitems__([(5, None)]), next(streamed.test_batches([(5, 6)]))[0]
     assert images.dtype == torch.uint8 and images.shape == (1, 32, 32, 3) and labels.tolist() == [2]
     usual = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
@@ -372,7 +372,6 @@ from adabatch import train
 from test_folder import network
 
 def on_update(self, epoch, update, updates):
-    self.epoch = epoch
     if (epoch, update) == (1, 2) and not mark.exists():
         mark.touch()
         time.sleep(1)  # while workers read ahead
