@@ -304,7 +304,8 @@ class Folder:
         self.mean, self.std = (_per_channel(v, self.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
         squares = _Squares(*train, size), _Squares(*test, size)
         self.train, self.test = (_Reader(one, self.workers, piece, self.device) for one in squares)
-        end = Finalize(self, _end_workers, [(self.train.loader, self.test.loader)], exitpriority=100)  # queues are closed at 10
+        loaders = self.train.loader, self.test.loader
+        end = Finalize(self, _end_workers, [loaders], exitpriority=100)  # multiprocessing closes its queues at 10
         atexit.register(end)  # before PyTorch's own; a child process of multiprocessing calls `Finalize`'s alone
 
     def draw(self, seed: int, epoch: int) -> Epoch:

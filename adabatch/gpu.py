@@ -49,7 +49,7 @@ def _change(trainer, checkpoint=None) -> Change:
     return [a - b for a, b in zip(_weights(trainer), before)]
 
 def _resumed(device):
-    "A training in float64 that is stopped before its last update and carried on."
+    "A training in float64 that is stopped before its last update and resumed."
     def stop(epoch, update, updates):
         if (epoch, update) == (0, 2): signal.raise_signal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as tmp:
@@ -91,7 +91,7 @@ def exact_questions(device: str) -> list[Question]:
     return [Question("device against CPU, float64", short, lambda: short("cpu"), distance, 1e-7),
             Question("micro-batches of 20, float64", lambda: short(micro_batch=20), plain, distance, 1e-7),
             Question("the same training twice, float64", short, plain, distance, 1e-7),
-            Question("stopped and carried on, float64", lambda: _resumed(device), plain, distance, 1e-7)]
+            Question("stopped and resumed, float64", lambda: _resumed(device), plain, distance, 1e-7)]
 
 def precision_question(device: str, precision: str) -> Question:
     "Does the device compute in this precision what the CPU computes?"
@@ -262,7 +262,7 @@ def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
     finally: torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 def memory_limit(device: str) -> str:
-    "A batch that does not fit is halved, recorded so, and halved again when the run is carried on."
+    "A batch that does not fit is halved, recorded so, and halved again when the run is resumed."
     run = resolve(Experiment("resnet20", "digits", "fixed", 512, epochs=2, every=1, device=str(device)))
     data = load_data("digits", device=device)
     data.train_size, data.test_size = 512, 50

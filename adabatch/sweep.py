@@ -17,7 +17,7 @@ import torch
 
 from . import record
 from .experiment import (
-    GRIDS, Run, add_options, arguments, choose, exit_code, overrides, select, training_samples)
+    GRIDS, TEXTS, Run, add_options, arguments, choose, exit_code, overrides, select, training_samples)
 from .files import load_checkpoint, lock
 from .train import (
     HERE, checkpoint_path, device_name, duration, existing, raise_interrupt, which_signal)
@@ -32,7 +32,8 @@ def state(run: Run) -> str:
     try:
         if found := existing(run): return found.status
         if not run.path.parent.is_dir(): return "to do"
-        with lock(run.path): saved = load_checkpoint(checkpoint_path(run))
+        with lock(run.path): pass
+        saved = load_checkpoint(checkpoint_path(run))
         return f"interrupted in epoch {saved['epoch'] + 1} of {run.schedule.epochs}" if saved else "to do"
     except ValueError as error: return "running" if "another process" in str(error) else str(error)
 
@@ -45,7 +46,8 @@ def command(run: Run, executor: str) -> list[str]:
     "What makes a run: `adabatch.train`, or papermill with `run.ipynb`."
     options = arguments(run.experiment)
     if executor != "papermill": return [sys.executable, "-m", "adabatch.train", *options]
-    parameters = [part for name, value in zip(options[::2], options[1::2]) for part in ("-p", name[2:], value)]
+    named = [(name[2:], value) for name, value in zip(options[::2], options[1::2])]
+    parameters = [part for name, value in named for part in ("-r" if name in TEXTS else "-p", name, value)]
     output = str(run.path.with_suffix(".partial.ipynb"))
     return [sys.executable, "-m", "papermill", os.path.relpath(NOTEBOOK), output, "--no-progress-bar", *parameters]
 
@@ -90,7 +92,7 @@ class Sweep:
         choose("executor", executor, EXECUTORS[:2])
         if jobs < 1: raise ValueError(f"jobs must be at least 1, not {jobs}")
         if executor == "papermill" and not NOTEBOOK.exists():
-            raise ValueError("nbs/run.ipynb is not beside the package: use --executor process")
+            raise ValueError("nbs/run.ipynb is not next to the package: use --executor process")
         self.runs, self.executor, self.jobs = runs, executor, jobs
         self.failed, self.children, self.stopped = [], set(), False
 
@@ -103,10 +105,11 @@ class Sweep:
         "One run. Returns what to say of it."
         if self.stopped or finished(run, self.executor, state(run)): return None
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // self.jobs))} if self.jobs > 1 else {}
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self.jobs))
         child = subprocess.Popen(command(run, self.executor), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, env=os.environ | threads)
+                                 text=True, env=os.environ | ({"OMP_NUM_THREADS": threads} if self.jobs > 1 else {}))
         self.children.add(child)
+        if self.stopped: child.send_signal(signal.SIGINT)  # meanwhile
         output = child.communicate()[0]
         self.children.discard(child)
         if child.returncode == 0:
@@ -215,7 +218,7 @@ class Cluster:
         return jobs
 
 # %% ../nbs/09_sweep.ipynb #96825a18
-_LEFT_OUT = "model", "dataset", "schedule", "seed", "resume"
+_LEFT_OUT = "model", "dataset", "schedule", "max_batch_size", "growth", "seed", "resume", "overwrite"
 
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m adabatch.sweep`."
@@ -245,6 +248,7 @@ def _command(options):
     sweep = Sweep(runs, executor, options["jobs"])
     if options["dry_run"]: return print(sweep.table())
     signal.signal(signal.SIGTERM, raise_interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, the children would ignore it too
     try: failed = sweep.run()
     except KeyboardInterrupt as stop:
         raise Interrupted("stopped; the same command goes on from there", which_signal(stop)) from None

@@ -153,11 +153,11 @@ class EpochSums:
         self.seconds = [a + b for a, b in zip(self.seconds, seconds)]
 
     def gather(self, world: World) -> torch.Tensor:
-        "Everybody's sums, (processes, 2 + phases + 2) float64. Waits for the device."
+        "The sums of all processes, (processes, 2 + phases + 2) float64. Waits for the device."
         return world.gather([self.loss.item(), self.metric.item(), *self.seconds, self.resize_seconds])
 
     def restore(self, rows: torch.Tensor, world: World):
-        "Take up what `gather` gave."
+        "Restore what `gather` returned."
         if len(rows) == world.size: totals, seconds = rows[world.rank, :2], rows[world.rank, 2:]
         else: totals, seconds = rows[:, :2].sum(0), rows[:, 2:].mean(0)
         if len(rows) == world.size or world.rank == 0:
@@ -330,11 +330,10 @@ class Checkpoints:
         "The checkpoint, on all ranks, if there is one. ValueError if it is of another experiment."
         state = self.world.on_rank_0(lambda: load_checkpoint(self.path)) if self.path else None
         if state is None: return None
-        theirs, ours = json.loads(state["identity"]), self.identity
+        theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
         differ = ", ".join(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
         if not differ: return state
-        raise ValueError(f"{self.path} belongs to another experiment (other {differ}): remove it, or "
-                         "give those settings")
+        raise ValueError(f"{self.path} was written with other settings ({differ}): delete it, or give those settings")
 
 # %% ../nbs/05_trainer.ipynb #ac40609a
 @dataclass
@@ -347,6 +346,7 @@ class State:
     division: tuple[int, int] | None = None  # (processes, micro-batch) of this epoch's updates
     oom_limit: int | None = None  # largest micro-batch that fits, where it had to be found
     restarts: int = 0
+    origins: list[dict] = field(default_factory=list)  # what its parts were made on and with; one where they agree
 
     def divided(self, processes: int, micro_batch: int):
         "Note how the updates that follow are divided; micro-batch 0 stands for several in one epoch."
@@ -362,13 +362,14 @@ class State:
         columns = list(self.history[0]) if self.history else []
         history = torch.tensor([[row[c] for c in columns] for row in self.history], dtype=torch.float64)
         return dict(epoch=self.epoch, update=self.update, division=self.division, epoch_sums=self.sums.gather(world),
-                    oom_limit=self.oom_limit, restarts=self.restarts, columns=columns, history=history)
+                    oom_limit=self.oom_limit, restarts=self.restarts, origins=self.origins, columns=columns,
+                    history=history)
 
     def load(self, saved: dict, world: World):
-        "Take up what `dump` gave."
+        "Restore what `dump` returned."
         self.history = [dict(zip(saved["columns"], row)) for row in saved["history"].tolist()]
         self.epoch, self.update, self.oom_limit = saved["epoch"], saved["update"], saved["oom_limit"]
-        self.restarts = saved["restarts"] + 1
+        self.restarts, self.origins = saved["restarts"] + 1, saved.get("origins", [])
         self.division = saved["division"] and tuple(saved["division"])
         self.sums.restore(saved["epoch_sums"], world)
 
@@ -395,7 +396,7 @@ class MicroBatch:
             error = try_size(self.step, self.sample, size)
             if not self.world.maximum([error is not None])[0]: break
             if size == 1:
-                reason = error or "in another process"
+                reason = error or "another process ran out of it"
                 raise MemoryError(f"not even one sample fits into memory ({self.step.device}): {reason}") from error
             limit = size = -(-size // 2)
             if self.step.device.type == "cuda": torch.cuda.empty_cache()
@@ -448,6 +449,9 @@ class EpochLoop:
     ):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
+        if len({group["lr"] for group in optimizer.param_groups}) > 1:
+            raise ValueError("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write "
+                             "the loop with a Plan and its lr_scheduler")
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
         self.seed, self.precision, self.compile, self.test_metrics = seed, precision, compile, test_metrics or {}
@@ -529,6 +533,7 @@ class Trainer(EpochLoop):
         checkpoint_minutes: float = 2,  # write it when so much time has passed, and at the end
         on_epoch: Callable = lambda epoch, row: None,  # called on rank 0 after each epoch, with its row of the history
         on_update: Callable = lambda epoch, update, updates: None,  # called after each update
+        origin: dict | None = None,  # what this part of the training is made on and with: kept in `state.origins`
     ) -> list[dict]:  # the history: a row an epoch
         """Train to the end of the schedule, or until the loss is no longer finite.
 
@@ -539,6 +544,7 @@ class Trainer(EpochLoop):
             self._resume(saver.load())
             prepare(self)
             state = self.state
+            if origin and origin not in state.origins: state.origins.append(origin)
 
             def after_update(updates):
                 on_update(state.epoch, state.update, updates)

@@ -148,13 +148,13 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
     interrupted(e)
     assert state(resolve(e)) == "interrupted in epoch 2 of 2"
     accumulated = run(replace(e, micro_batch=7))
-    assert "carrying on" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert accumulated.micro_batch.tolist() == [16, 0] and not accumulated.as_configured
     pure = run(replace(e, micro_batch=7, resume="own", overwrite=True))
     assert pure.micro_batch.tolist() == [7, 7] and pure.as_configured
     assert record.differences(run(e), whole) == []  # the interrupted run itself has lost nothing
     interrupted(replace(e, seed=1))
-    with pytest.raises(ValueError, match="belongs to another experiment .other momentum"):
+    with pytest.raises(ValueError, match="was written with other settings .momentum"):
         run(replace(e, seed=1, momentum=0.5))
 
 
@@ -163,15 +163,15 @@ def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path,
     interrupted(replace(e, checkpoint_minutes=0))
     other = resolve(e).path.with_suffix(".pt")
     other.write_bytes(other.read_bytes()[:100])
-    assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "carrying on" in capsys.readouterr().out
+    assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "resuming from" in capsys.readouterr().out
     other.unlink()  # killed between the two renames
     run(replace(e, micro_batch=9))
-    assert "carrying on" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
     own = resolve(replace(e, micro_batch=5)).path.with_suffix(".pt")
     own.rename(f"{own}.previous")  # killed between the two renames
     run(replace(e, micro_batch=5))
-    assert "carrying on" not in capsys.readouterr().out
+    assert "resuming from" not in capsys.readouterr().out
 
 
 def test_a_run_cut_otherwise_that_is_still_being_made_is_not_carried_on_without_a_word(tmp_path, quick, capsys):
@@ -180,7 +180,7 @@ def test_a_run_cut_otherwise_that_is_still_being_made_is_not_carried_on_without_
     with lock(resolve(e).path):  # as the process that makes it holds it
         assert run(replace(e, micro_batch=7)).environment["restarts"] == 0
     out = capsys.readouterr().out
-    assert f"{resolve(e).path.with_suffix('.pt')} is not carried on: another process is making it" in out
+    assert f"{resolve(e).path.with_suffix('.pt')} is not resumed: another process is making it" in out
 
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
@@ -204,6 +204,69 @@ def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_
     found = run(e, train.Progress(e))
     assert capsys.readouterr().out.startswith("epoch   2/")
     assert record.differences(found, run(replace(e.experiment, output_dir=str(tmp_path / "whole")))) == []
+
+
+def test_a_record_names_every_commit_and_device_it_was_made_with(tmp_path, quick, monkeypatch):
+    e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
+    makers = iter([("a GPU", "first"), ("a CPU", "second"), ("a CPU", "second")])
+    monkeypatch.setattr(train, "origin", lambda device: dict(zip(("device", "commit"), next(makers))))
+
+    class Stop(train.Silent):
+        def on_update(self, epoch, update, updates):
+            if (epoch, update) in ((0, 5), (1, 5)) and (epoch, update) not in seen:
+                seen.append((epoch, update))
+                signal.raise_signal(signal.SIGTERM)
+
+    seen = []
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            run(e, Stop())
+    made = run(e).environment
+    assert (made["device"], made["commit"], made["restarts"]) == ("a GPU; a CPU", "first; second", 2)
+
+
+def test_a_compiled_run_is_not_carried_on_uncompiled(tmp_path):
+    plain = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
+    compiled = resolve(replace(plain.experiment, compile=True))
+    assert train.identity(plain) != train.identity(compiled)
+    assert plain.path.parent == compiled.path.parent  # where an interrupted one is looked for
+
+
+def test_overwriting_takes_up_nothing(tmp_path, quick, capsys):
+    class Stop(train.Silent):
+        def on_update(self, epoch, update, updates):
+            signal.raise_signal(signal.SIGTERM)
+
+    e = Experiment(output_dir=str(tmp_path), **SHORT)
+    with pytest.raises(Interrupted):
+        run(replace(e, micro_batch=7), Stop())
+    assert run(replace(e, overwrite=True)).environment["restarts"] == 0
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_a_defect_of_our_own_keeps_its_traceback(capsys):
+    names = {"__package__": "adabatch"}
+    exec("def refuse(): raise TypeError('in one line')\ndef defect(): return 1 - None", names)
+    exec("def absent(): return open('nowhere')", names)
+    assert experiment.exit_code(names["refuse"]) == 2 and experiment.exit_code(names["absent"]) == 2
+    with pytest.raises(TypeError, match="unsupported operand"):
+        experiment.exit_code(names["defect"])
+
+
+def test_numbers_that_papermill_makes_of_text_are_text_again():
+    names = dict(milestones=60, output_dir=2024, epochs=5)
+    e = from_notebook(names, ["# Parameters\nmilestones = 60"])
+    assert (e.milestones, e.output_dir, e.epochs) == ("60", "2024", 5)
+    command = sweep.command(resolve(replace(e, epochs=100, device="cpu")), "papermill")
+    assert command[command.index("milestones") - 1] == "-r" and command[command.index("epochs") - 1] == "-p"
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_no_run_stands_twice_in_a_grid(seeds):
+    for grid in experiment.GRIDS:
+        runs = select(grid, seeds=seeds, device="cpu")
+        assert len({r.path for r in runs}) == len(runs)
+    assert len(select("paper", batch_size=128, device="cpu")) == 23
 
 
 def test_what_is_shown_in_a_pipe(monkeypatch, capsys):

@@ -156,7 +156,7 @@ PARAMETERS = {
     "modle": ["alexnet"],
     "epochs": ["ten", 1e3, [3], -1],
     "seed": [None, "0"],
-    "milestones": [4, "a,b"],
+    "milestones": [2.5, "a,b"],
     "compile": ["yes"],
     "dataset": ["mnist"],
     "output_dir": [None, ""],
