@@ -286,6 +286,24 @@ def test_two_sweeps_beside_one_another_make_every_run_once(tmp_path):
     assert {str(path) for path in records} == {line.split()[1].rstrip(":") for line in made}, outputs
 
 
+@needs_proc
+def test_a_sweep_in_the_background_of_a_script_is_stopped_with_its_run(tmp_path):
+    "Such a job ignores SIGINT, which a sweep sends to papermill."
+    command = [sys.executable, "-m", "adabatch.sweep", "--grid", "digits", "--model", "resnet20", "--device", "cpu"]
+    command += ["--checkpoint_minutes", "0", "--output_dir", str(tmp_path)]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    signal.signal(signal.SIGINT, before)
+    checkpoint = tmp_path / "digits/resnet20/fixed-16-seed0.pt"
+    wait_for(checkpoint, child)
+    child.send_signal(signal.SIGTERM)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == 128 + signal.SIGTERM and "the same command goes on" in output
+    end_within(tmp_path, 15)
+    wait_until_free(checkpoint.with_suffix(".npz"))  # the kernel has ended too
+    assert load_checkpoint(checkpoint) is not None
+
+
 def test_a_folder_that_may_only_be_read(tmp_path, quick):
     folder = tmp_path / "out"
     folder.mkdir(mode=0o555)
