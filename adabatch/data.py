@@ -74,7 +74,7 @@ class Images:
         std: tuple,  # likewise
         classes: int,  # number of classes
         pad: int = 4,  # black pixels around each training image, for cropping
-        flip: bool = True,  # mirror every other training image
+        flip: bool = True,  # mirror each training image with probability 1/2
         device: str | torch.device = "cpu",
     ):
         self.device, self.classes, self.pad, self.flip = torch.device(device), classes, pad, flip

@@ -42,7 +42,7 @@ class Experiment:
     momentum: float | None = _option(None, "of SGD")
     weight_decay: float | None = _option(None, "of SGD")
     drop_last: bool | None = _option(None, "leave out the samples of an epoch that do not fill a batch")
-    micro_batch: int | None = _option(None, "most samples in a forward pass: growth by accumulation; default: physical")
+    micro_batch: int | None = _option(None, "samples in a forward pass, accumulating gradients; default: a whole shard")
     processes: int | None = _option(None, "processes to train with, one a GPU; default: 1, or as torchrun says")
     precision: str | None = _option(None, "fp32, tf32 (CUDA) or bf16 (autocast)")
     seed: int = _option(0, "of initial weights, order and augmentation")
@@ -54,7 +54,7 @@ class Experiment:
     save_weights: bool = _option(True, "keep the trained weights beside the record")
     overwrite: bool = _option(False, "train anew where a record is there already")
     checkpoint_minutes: float = _option(2.0, "minutes between checkpoints")
-    resume: str = _option("any", "carry on an interrupted run: any, or own: of the same processes and micro_batch")
+    resume: str = _option("any", "which interrupted run to resume: any, or own (same processes, micro_batch)")
 
 FIELDS = {f.name: f for f in dataclasses.fields(Experiment)}
 TEXTS = {name for name, f in FIELDS.items() if f.type in (str, str | None)}
@@ -198,7 +198,8 @@ def _check_here(e):
     if (e.workers or 0) > most: raise ValueError(f"workers must be at most {most} on this machine, not {e.workers}")
     if e.precision == "tf32" and not e.device.startswith("cuda"):
         raise ValueError(f"tf32 is a precision of NVIDIA GPUs, not of {e.device}: give precision fp32")
-    if e.device == "cpu" and e.precision == "bf16" and not torch.cpu._is_amx_tile_supported():
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # private in PyTorch 2.11
+    if e.device == "cpu" and e.precision == "bf16" and not amx():
         raise ValueError("bf16 on a CPU without AMX is far slower than fp32: give precision fp32")
 
 # %% ../nbs/07_experiment.ipynb #6e54ceaa
@@ -310,7 +311,7 @@ def recipe_table() -> str:
     rows = [f"{data:8s}  {model:16s}  " + "  ".join(f"{values[n]:>{width}}" for n, width in names.items())
             for (data, model), values in RECIPES.items()]
     notes = ["decay is of lr / batch_size at a milestone: lr_decay is decay for fixed, decay * growth for adabatch.",
-             "All: growth 2, momentum 0.9, no warm-up, drop_last True, processes 1, physical batches, precision fp32."]
+             "All: growth 2, momentum 0.9, no warm-up, drop_last True, processes 1, no accumulation, precision fp32."]
     return "\n".join(["recipes:", head, *rows, *notes])
 
 def add_options(parser: argparse.ArgumentParser, leave_out: tuple = ()):

@@ -60,7 +60,7 @@ def _records(folder):
 
 def time_needed(
     run: Run,
-    records: Callable = _records,  # of the folder in which the run's lies
+    records: Callable = _records,  # reads those in a folder
 ) -> str:
     "How long a whole run takes, by the records that such a device made in the same way; empty without any."
     e, device = run.experiment, device_name(torch.device(run.experiment.device))
@@ -152,12 +152,12 @@ class Job:
         "Make the run. RuntimeError if that failed."
         self.child = subprocess.Popen(command(self.run, "slurm"), preexec_fn=_ignore_preemption)
         code = self.child.wait()
-        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM): time.sleep(120)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM): time.sleep(120)  # for Slurm's next signal, or its kill
         if code: raise RuntimeError(f"{self.run.path} failed with exit code {code}: see the log")
         return record.load(self.run.path).summary()
 
     def checkpoint(self):
-        "Stop the training, and hand it in again."
+        "Stop the training, and submit the job again."
         from submitit.helpers import DelayedSubmission
         if self.child and self.child.poll() is None:
             self.child.terminate()
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs of every arm (default: 1)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--executor", default="papermill",
-                        help="papermill, process: no notebooks, or slurm: a cluster's jobs (default: papermill)")
+                        help="papermill (with executed notebooks), process (without) or slurm (default: papermill)")
     parser.add_argument("--partition", help="of the cluster (slurm)")
     parser.add_argument("--gpus", type=int, help="of a job (slurm; default: one for each process)")
     parser.add_argument("--hours", type=float, default=4, help="time limit of a job (slurm; default: 4)")
