@@ -40,10 +40,13 @@ class Evidence:
         return {seed: float(r.test_error[-1]) for seed, r in self.runs.get(key, {}).items()}
 
 def made_by(path: Path, output_dir: str | Path) -> tuple[Run, Record]:
-    "The run that a record is of. ValueError, TypeError or KeyError if it is none of an experiment."
+    "The run that a record is of. OSError if it cannot be read, ValueError if it is none of an experiment."
     found = record.load(path)
-    e = Experiment(**found.config, compile=found.environment["compile"], output_dir=str(output_dir))
-    return Run(e, make_schedule(e)), found
+    try:
+        if not isinstance(found.environment["device"], str): raise TypeError("a device has a name")
+        e = Experiment(**found.config, compile=found.environment["compile"], output_dir=str(output_dir))
+        return Run(e, make_schedule(e)), found
+    except (TypeError, KeyError, AttributeError): raise ValueError(f"{path} is of no experiment") from None
 
 def _objection(path, run, found):
     "Why a record cannot stand for its arm; empty if it can."
@@ -58,7 +61,8 @@ def collect(output_dir: str | Path) -> Evidence:
         try:
             run, found = made_by(path, output_dir)
             objection = _objection(path, run, found)
-        except (ValueError, TypeError, KeyError): objection = "damaged, or no record of an experiment"
+        except ValueError: objection = "damaged, or no record of an experiment"
+        except OSError: objection = "cannot be read"
         if objection: left_out.append(f"{path.relative_to(output_dir).as_posix()}: {objection}")
         else: runs.setdefault((path.parts[-3], run.experiment.model, run.arm), {})[run.experiment.seed] = found
     benchmark = _benchmark(Path(output_dir, "benchmark.json"), left_out)
@@ -66,8 +70,10 @@ def collect(output_dir: str | Path) -> Evidence:
 
 def _benchmark(path, left_out):
     if not path.exists(): return None
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError: left_out.append(f"{path.name}: damaged")
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError): found = None
+    if isinstance(found, dict) and {"schedules", "machine"} <= found.keys(): return found
+    left_out.append(f"{path.name}: damaged")
 
 # %% ../nbs/10_analysis.ipynb #5a6273e4
 def interval(
@@ -662,7 +668,7 @@ def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
     runs = []
     for path in sorted(Path(output_dir).glob("*/*/*.npz")):
         try: run, found = made_by(path, output_dir)
-        except (ValueError, TypeError, KeyError): continue
+        except (ValueError, OSError): continue
         if not _objection(path, run, found): runs.append(run)
     for run in runs: run.path.with_suffix(".ipynb").unlink(missing_ok=True)
     return Sweep(runs, jobs=jobs).run()
@@ -670,10 +676,11 @@ def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
 def _write(output_dir, readme):
     "Draw the figure and write the results into the README, saying so."
     evidence = collect(output_dir)
-    text = write_between(Path(readme).read_text(), MARKERS, results(evidence, output_dir))
+    if not evidence.runs: raise ValueError(f"{output_dir} holds no records: nothing is written")
+    text = write_between(Path(readme).read_text(encoding="utf-8"), MARKERS, results(evidence, output_dir))
     figure = plot_comparisons(evidence, first_figure(evidence))
     if figure: figure.savefig(Path(output_dir, "results.png"), dpi=100)
-    Path(readme).write_text(text)
+    Path(readme).write_text(text, encoding="utf-8")
     print(f"{readme}: rewritten between {MARKERS[0]} and {MARKERS[1]}; its figure is {output_dir}/results.png")
 
 def main(argv: list[str] | None = None) -> int:

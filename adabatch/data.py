@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'ENDINGS', 'AHEAD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR', 'CIFAR_SIZES', 'CIFAR_MEAN', 'CIFAR_STD',
            'DATASETS', 'Epoch', 'draw_order', 'draw_seeds', 'draw_epoch', 'Images', 'class_folders', 'draw_crop',
-           'Batches', 'read_ahead', 'Folder', 'check_device', 'best_device', 'load_data']
+           'Batches', 'launch_variable', 'read_ahead', 'Folder', 'check_device', 'best_device', 'load_data']
 
 # %% ../nbs/02_data.ipynb #03cde696
 import atexit, contextlib, hashlib, math, os, random, shutil, signal, sys, tempfile
@@ -66,7 +66,8 @@ def _per_channel(values, device): return 255 * torch.tensor(values, device=devic
 def _normalise(images, mean, std): return images.float().sub_(mean).div_(std)
 
 class Images:
-    "A data set held as uint8 tensors on one device, cropped, flipped and normalised a batch at a time."
+    """A data set held as uint8 tensors on one device, cropped, flipped and normalised a batch at a time. ValueError for
+    tensors of another kind."""
     def __init__(self,
         train: tuple,  # images (N, C, H, W) uint8, labels (N,) int64
         test: tuple,  # likewise
@@ -79,6 +80,11 @@ class Images:
     ):
         self.device, self.classes, self.pad, self.flip = torch.device(device), classes, pad, flip
         self.train_size, self.test_size, self.shape = len(train[0]), len(test[0]), tuple(train[0].shape[1:])
+        for images, labels in (train, test):
+            kinds = images.dtype, images.ndim, labels.dtype, len(images) == len(labels) > 0
+            if kinds != (torch.uint8, 4, torch.int64, True):
+                raise ValueError("images must be uint8 (N, C, H, W) and labels int64 (N,), at least one of each, not "
+                                 f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}")
         c, h, w = self.shape
         padded = torch.zeros(self.train_size, h + 2 * pad, w + 2 * pad, c, dtype=torch.uint8, device=self.device)
         padded[:, pad:pad + h, pad:pad + w] = train[0].to(self.device).permute(0, 2, 3, 1)
@@ -236,12 +242,19 @@ def _end_workers(loaders):
 # %% ../nbs/02_data.ipynb #c45b5a26
 AHEAD = 2  # pieces that a worker reads ahead
 
+def launch_variable(name: str, default: int) -> int:
+    "A number that torchrun sets in the environment, as WORLD_SIZE. ValueError if it is none or below `default`."
+    text = os.environ.get(name, str(default))
+    if text.isdecimal() and int(text) >= default: return int(text)
+    raise ValueError(f"the environment variable {name} must be a whole number from {default} on, not {text!r:.60}: "
+                     "unset it")
+
 def read_ahead(
     workers: int | None,  # that read images for one process; None: as many as suit this machine
     image_bytes: int,
 ) -> tuple[int, int]:  # workers, and images in a piece
     "How to read, so that half of the shared memory holds what is read ahead. ValueError if it is too small for that."
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this training on this machine
+    processes = launch_variable("LOCAL_WORLD_SIZE", 1)  # of this training on this machine
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 2**30
     images = shared // 2 // image_bytes // AHEAD // processes

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .data import DATASETS, best_device, check_device, class_folders
+from .data import DATASETS, best_device, check_device, class_folders, launch_variable
 from .models import model_name
 from .schedule import Schedule, adabatch, fixed, shown, whole_number
 from .trainer import PRECISIONS, Interrupted
@@ -182,18 +182,14 @@ def _check_ranges(e):
     for name in ("momentum", "weight_decay"):
         if getattr(e, name) >= 1: raise ValueError(f"{name} must be below 1, not {getattr(e, name)}")
 
-def _started():
-    "How many processes torchrun started, this one included."
-    text = os.environ["WORLD_SIZE"]
-    if text.isdecimal(): return int(text)
-    raise ValueError(f"the environment variable WORLD_SIZE must be a number of processes, not {shown(text)}: unset it")
 
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
     if e.processes > 1 and e.device.startswith("cuda:"):
         raise ValueError(f"device {e.device} is one GPU, for {e.processes} processes: give device cuda, one for each")
+    started = launch_variable("WORLD_SIZE", 1)
     if "WORLD_SIZE" not in os.environ: check_device(e.device)
-    elif e.processes != _started(): raise ValueError(f"processes is {e.processes}, but torchrun started {_started()}")
+    elif e.processes != started: raise ValueError(f"processes is {e.processes}, but torchrun started {started}")
     most = 8 * (os.cpu_count() or 1)
     if (e.workers or 0) > most: raise ValueError(f"workers must be at most {most} on this machine, not {e.workers}")
     if e.precision == "tf32" and not e.device.startswith("cuda"):
@@ -232,7 +228,7 @@ def resolve(
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
         if e.schedule == "fixed" and getattr(e, name) is not None: raise ValueError(f"a fixed schedule has no {name}")
-    if "WORLD_SIZE" in os.environ: values["processes"] = _started()
+    if "WORLD_SIZE" in os.environ: values["processes"] = launch_variable("WORLD_SIZE", 1)
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
@@ -241,10 +237,11 @@ def resolve(
 
 # %% ../nbs/07_experiment.ipynb #a2e83778
 def training_samples(e: Experiment) -> int:
-    "Size of the training set, without loading it. ValueError if its folder is not whole, OSError if it is not there."
+    "Size of the training set, without loading it. ValueError if its folder is absent or not whole."
     known = {"digits": 1437, "cifar10": 50_000, "cifar100": 50_000, "fake": 5120}
     if e.dataset in known: return known[e.dataset]
     folder = Path(e.data_dir, "imagenet") if e.dataset == "imagenet" else Path(e.dataset)
+    if not (folder / "train").is_dir(): raise ValueError(f"{folder} lacks train/: put class folders into both sets")
     return len(class_folders(folder / "train")[1])
 
 # %% ../nbs/07_experiment.ipynb #040b1a74
@@ -337,15 +334,16 @@ def arguments(e: Experiment) -> list[str]:
 def _refused(error):
     """Did a `raise` of this package end the command, or the system in one of its lines? Then the message is for the
     reader, and a traceback would only hide it. A TypeError that no `raise` made is a defect, and keeps its own."""
+    def system(tb): return tb.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("os", "pathlib", "shutil")
     last = error.__traceback__
-    while last.tb_next: last = last.tb_next
+    while last.tb_next and not system(last.tb_next): last = last.tb_next
     raised = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
     here = last.tb_frame.f_globals.get("__package__") == "adabatch"
     return here and (raised or isinstance(error, (OSError, MemoryError)))
 
 def exit_code(command: Callable) -> int:
     "The exit code of `command()`: 2 after one line if it was refused, 128 + signal if it was interrupted."
-    rank = os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
     try: return command() or 0
     except Interrupted as stop:
         if rank == "0": print(stop, flush=True)

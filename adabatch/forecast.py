@@ -224,6 +224,7 @@ def _say(runs, seconds):
 # %% ../nbs/11_forecast.ipynb #386859e3
 def _command(e, seconds):
     "Measure what was asked for; with `compile`, uncompiled and then compiled, in half of the time each."
+    if not 0 <= seconds <= 86_400: raise ValueError(f"seconds must be from 0 to 86,400 (a day), not {seconds}")
     if not e.compile:
         _say(both(e), seconds)
         return

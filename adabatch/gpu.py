@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 
 from . import record
-from .data import best_device, load_data
-from .experiment import GRIDS, Experiment, Run, add_options, exit_code, overrides, recipe, resolve
+from .data import best_device, check_device, load_data
+from .experiment import (
+    GRIDS, Experiment, Run, add_options, choose, exit_code, overrides, recipe, resolve)
 from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
 from .trainer import PRECISIONS, Interrupted, Trainer, device_settings, prepare, synchronize
@@ -391,7 +392,7 @@ def smoke(device: str, minutes: float, rehearse: bool = False) -> bool:
     return not [name for name, step in steps if not _try(name, step)]
 
 # %% ../nbs/12_gpu.ipynb #a2996749
-_LEFT_OUT = "model", "dataset", "schedule", "seed", "resume", "overwrite"
+_LEFT_OUT = "model", "dataset", "schedule", "processes", "seed", "resume", "overwrite"
 
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m adabatch.gpu`."
@@ -411,9 +412,13 @@ def _run(options, settings):
     "The smoke script, or the check and the runs."
     if not options["rehearse"] and best_device() != "cuda":
         raise ValueError("no GPU here: use --rehearse to try the command itself")
+    if not 0 <= options["minutes"] <= 10_000:
+        raise ValueError(f"minutes must be from 0 to 10,000, not {options['minutes']}")
     device = options["device"] or best_device()
+    check_device(device)
     if options["smoke"]: return 0 if smoke(device, options["minutes"], options["rehearse"]) else 1
-    if options["rehearse"]: settings |= dict(dataset="fake", epochs=1)
+    if options["dataset"]: choose("dataset", options["dataset"], ("cifar10", "cifar100"))
+    if options["rehearse"]: settings, options = settings | dict(dataset="fake", epochs=1), options | dict(dataset=None)
     return _spend(options, settings, device)
 
 def _spend(options, settings, device):
@@ -421,6 +426,7 @@ def _spend(options, settings, device):
     def wanted(): return [run for run in order_of_worth(**settings) if only in (None, run.experiment.dataset)]
     precision, only = options["precision"] or "fp32", options["dataset"]
     data = load_all(wanted())
+    pack(options["output_dir"], options["archive"])  # now, if it cannot be written
     if not check(device, precision): return 1
     if options["compile"] and not compile_question(device, precision).ask():
         print("the runs are made uncompiled", flush=True)

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 
 from .data import draw_order, draw_seeds
-from .schedule import Schedule, whole_number
+from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/03_loader.ipynb #5c1d7c08
 def split(total: int, parts: int) -> list[int]:
@@ -165,8 +165,12 @@ class Plan(Unrolled):
         """A scheduler to step after every update, beginning at `start`.
 
         An optimizer built with `schedule.base_lr` gets the planned learning rates; a parameter group that was given k
-        times as much gets k times as much throughout."""
+        times as much gets k times as much throughout. TypeError, ValueError for an optimizer that cannot."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
         for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
+        if not any(float(group["initial_lr"]) for group in optimizer.param_groups):
+            raise ValueError("the optimizer's learning rate is 0: build it with schedule.base_lr")
         base, last = self.schedule.base_lr, self.updates - 1
         def factor(update): return self.lr(min(update, last)) / base
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, self.start - 1)
@@ -176,5 +180,7 @@ class Plan(Unrolled):
         return {"update": self._next}
 
     def load_state_dict(self, state: dict[str, int]):
-        "Begin where `state_dict` was taken."
+        "Begin where `state_dict` was taken. ValueError if it is none of a plan."
+        if not isinstance(state, dict) or "update" not in state:
+            raise ValueError(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
         self.start = state["update"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import atomic_write
+from .files import atomic_write, check_readable
 
 # %% ../nbs/06_record.ipynb #5c17a51f
 _TIMED = ("data", "forward", "backward", "optimizer", "train", "resize")
@@ -109,8 +109,9 @@ def _check(record):
         raise ValueError("not a record")
 
 def load(path: str | Path) -> Record:
-    "Read a record. FileNotFoundError if it is not there, ValueError, naming it, if it is damaged or no record."
-    if not Path(path).exists(): raise FileNotFoundError(f"{path} is not there")
+    """Read a record. FileNotFoundError if it is not there, OSError if it cannot be read, ValueError, naming it, if it
+    is damaged or no record."""
+    check_readable(path)
     try:
         with np.load(path, allow_pickle=False) as f: values = {name: f[name] for name in f.files}
         config, environment = (json.loads(str(values.pop(name))) for name in ("config", "environment"))
@@ -118,6 +119,7 @@ def load(path: str | Path) -> Record:
         record = Record(arrays, config, environment, str(values["status"]))
         _check(record)
         return record
+    except MemoryError: raise  # of the machine, not of the file
     except Exception as error:  # numpy, zipfile and json raise many kinds for a torn file; all mean the same here
         raise ValueError(f"{path} is damaged or no record ({type(error).__name__}): "
                          "delete it, and make the run again") from None

@@ -232,6 +232,8 @@ class Schedule(_Derived):
 
     def __post_init__(self):
         if self.unit not in UNITS: raise ValueError(f"unknown unit {shown(self.unit)}: choose from {', '.join(UNITS)}")
+        if not isinstance(self.curve, Curve | None):
+            raise TypeError("curve must be a Curve: from_lr_schedule makes a schedule of a function")
         warmup_lr = real_number("warmup_lr", self.warmup_lr)
         if warmup_lr < 0: raise ValueError(f"warmup_lr must not be negative, but is {warmup_lr}")
         object.__setattr__(self, "stages", _checked(self.stages, self.unit))

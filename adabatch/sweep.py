@@ -32,10 +32,10 @@ def state(run: Run) -> str:
     try:
         if found := existing(run): return found.status
         if not run.path.parent.is_dir(): return "to do"
-        with lock(run.path): pass
+        with contextlib.suppress(OSError), lock(run.path): pass  # who may only read sees all but whether it is running
         saved = load_checkpoint(checkpoint_path(run))
         return f"interrupted in epoch {saved['epoch'] + 1} of {run.schedule.epochs}" if saved else "to do"
-    except ValueError as error: return "running" if "another process" in str(error) else str(error)
+    except (ValueError, OSError) as error: return "running" if "another process" in str(error) else str(error)
 
 def finished(run: Run, executor: str, found: str) -> bool:
     "Is nothing left to do for a run whose state is `found`?"
@@ -55,7 +55,7 @@ def _records(folder):
     "The records in a folder that can be read."
     found = []
     for path in folder.glob("*.npz"):
-        with contextlib.suppress(ValueError): found.append(record.load(path))
+        with contextlib.suppress(ValueError, OSError): found.append(record.load(path))
     return found
 
 def time_needed(

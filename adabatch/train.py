@@ -44,8 +44,8 @@ def identity(run: Run) -> dict:
     return {n: v for n, v in run.config.items() if n not in DIVISION} | compiled
 
 def _same_run(run, checkpoint):
-    "What a checkpoint holds if it is of the same experiment; None if it is of another, damaged or gone."
-    with contextlib.suppress(ValueError):
+    "What a checkpoint holds if it is of the same experiment; None if it is of another, cannot be read or is gone."
+    with contextlib.suppress(ValueError, OSError):
         state = load_checkpoint(checkpoint)
         if state and json.loads(state["identity"]) == identity(run): return state
     return None
@@ -287,7 +287,7 @@ class Progress(Silent):
         elif "ipykernel" in sys.modules:
             from IPython.display import display
             self.handle = display({"text/plain": text}, raw=True, display_id=True)
-        elif sys.stdout.isatty(): print(f"\r{text:78s}\r", end="", flush=True)
+        elif sys.stdout and sys.stdout.isatty(): print(f"\r{text:78s}\r", end="", flush=True)
         elif text and time.monotonic() - self.printed >= 60: self._print(text)
 
     def _print(self, line):
@@ -326,7 +326,7 @@ def _command(e, evaluate_only):
         top5 = f" (top-5 {found['test_error_top5']:.2f} %)" if "test_error_top5" in found else ""
         return print(f"test loss {found['test_loss']:.4f}, test error {found['test_error']:.2f} %{top5} "
                      f"of {weights_path(r).as_posix()}")
-    first = os.environ.get("RANK", "0") == "0"
+    first = "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
     launches = r.experiment.processes > 1 and "WORLD_SIZE" not in os.environ  # rank 0 of those will print
     if first and not launches: print(r.describe(), flush=True)
     result = run(r, Progress(r))

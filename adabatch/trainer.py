@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .data import check_device
+from .data import check_device, launch_variable
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
-from .schedule import Schedule
+from .schedule import Schedule, whole_number
 
 # %% ../nbs/05_trainer.ipynb #f5f164b3
 class World:
@@ -68,7 +68,7 @@ def process_group(
     device: str,  # "cpu", "cuda", "cuda:1", "mps"
 ) -> Iterator[torch.device]:
     "Join the processes that torchrun started, if it did. Gives this process's device; ValueError if it is not there."
-    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    size, local = launch_variable("WORLD_SIZE", 1), launch_variable("LOCAL_RANK", 0)
     if size > 1 and device.startswith("cuda:"):
         raise ValueError(f"device {device} is one GPU, for {size} processes: give device cuda, one for each")
     found = check_device(f"cuda:{local}" if size > 1 and device == "cuda" else device)
@@ -84,7 +84,9 @@ def _rendezvous():
     """Where the processes find one another. After `--max-restarts`, torchrun's store still holds the addresses of the
     processes that died (pytorch issue 135712), so on one machine each start gets its own part of it. Over several
     machines the count of restarts is not the same everywhere."""
-    store, rank, size = next(dist.rendezvous("env://"))
+    try: store, rank, size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise ValueError(f"WORLD_SIZE is set, but torchrun did not start this process ({error}): unset it") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dict(store=store, rank=rank, world_size=size)
@@ -430,6 +432,23 @@ def seed_device(seed: int, device: torch.device):
     seeds = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}
     seeds.get(device.type, torch.default_generator.manual_seed)(seed)
 
+# %% ../nbs/05_trainer.ipynb #6f77a4a4
+def _check_parts(model, optimizer, loss, precision, micro_batch):
+    "TypeError or ValueError, in one line, for parts that would train nothing, or otherwise than they say."
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
+    if micro_batch is not None: whole_number("micro_batch", micro_batch)
+    if getattr(loss, "reduction", "sum") != "sum":
+        raise ValueError(f"the loss must be summed over the samples: give it reduction='sum', not {loss.reduction!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(p.requires_grad and id(p) in optimized for p in model.parameters()):
+        raise ValueError("the optimizer has none of the model's parameters: build it with model.parameters()")
+    if len({float(group["lr"]) for group in optimizer.param_groups}) > 1:
+        raise ValueError("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
+                         "loop with a Plan and its lr_scheduler")
+
 # %% ../nbs/05_trainer.ipynb #f27a9ced
 class EpochLoop:
     "One epoch of training after another, in this process as one of several."
@@ -447,11 +466,7 @@ class EpochLoop:
         metric: Callable = percent_wrong,  # likewise; `train_error` and `test_error` are its means
         test_metrics: dict[str, Callable] | None = None,  # further ones of the test: name in the history -> function
     ):
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, not {micro_batch}")
-        if len({group["lr"] for group in optimizer.param_groups}) > 1:
-            raise ValueError("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write "
-                             "the loop with a Plan and its lr_scheduler")
+        _check_parts(model, optimizer, loss, precision, micro_batch)
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
         self.seed, self.precision, self.compile, self.test_metrics = seed, precision, compile, test_metrics or {}
@@ -570,7 +585,7 @@ class Trainer(EpochLoop):
 
     def _save(self, saver):
         parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        saver.save(parts | self.state.dump(self.world) | {"samples": self.plan.samples})
+        saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=self._plan()))
 
     def _resume(self, saved):
         if saved is None: return
@@ -578,6 +593,15 @@ class Trainer(EpochLoop):
         if before != now:
             raise ValueError(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                              "written: restore it, or remove the checkpoint to begin anew")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved.get("plan", self._plan()) != self._plan():
+            raise ValueError("the checkpoint is of another schedule or seed: delete it, or give another path")
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (RuntimeError, ValueError, KeyError):  # of several lines
+            raise ValueError("the checkpoint is of another model or optimizer: delete it, or give a new path") from None
         self.state.load(saved, self.world)
+
+    def _plan(self):
+        "The updates that a checkpoint is of, as JSON."
+        return json.dumps([self.seed, *([s.update, s.stage.batch_size, s.stage.lr] for s in self.plan.segments)])

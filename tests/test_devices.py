@@ -79,7 +79,7 @@ def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, ev
             error.from_rank_0 = True
         raise error
 
-    monkeypatch.setattr(experiment, "_raised_here", lambda error: True)
+    monkeypatch.setattr(experiment, "_refused", lambda error: True)
     monkeypatch.setenv("RANK", rank)
     assert experiment.exit_code(refuse) == 2 and capsys.readouterr().err == said
 

@@ -191,7 +191,11 @@ def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
     assert train.commit() == "unknown"
 
 
-def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_epoch(tmp_path, quick, capsys):
+def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_epoch(
+    tmp_path, quick, capsys, monkeypatch
+):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have brought it: no notebook here
+
     class Stop(train.Progress):
         def on_update(self, epoch, update, updates):
             if (epoch, update) == (1, updates):

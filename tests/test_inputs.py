@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch import record, train
-from adabatch.data import load_data
-from adabatch.experiment import FIELDS, Experiment, from_notebook, resolve, select
+from adabatch import analysis, forecast, gpu, record, train
+from adabatch.data import Images, load_data, read_ahead
+from adabatch.experiment import FIELDS, Experiment, from_notebook, resolve, select, training_samples
 from adabatch.files import load_weights
+from adabatch.loader import Plan
 from adabatch.models import get_model
-from adabatch.schedule import adabatch
+from adabatch.schedule import Schedule, Stage, adabatch
 from adabatch.train import evaluate_weights, main, run
+from adabatch.trainer import Trainer, process_group
 
 HUGE = 10**400
 NO_NUMBER = [math.nan, math.inf, -math.inf]
@@ -207,6 +209,107 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_calls(call, refused):
     refused(call, ValueError, TypeError, OSError)
+
+
+def model():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+
+
+def trainer(network=None, optimizer=None, **settings):
+    network = network or model()
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=0.1)
+    return Trainer(network, optimizer, load_data("digits"), adabatch(16, 64, 0.1, epochs=2, every=1), **settings)
+
+
+def groups():
+    network = model()
+    one, two = network.parameters()
+    return trainer(network, torch.optim.SGD([dict(params=[one], lr=0.1), dict(params=[two], lr=0.01)]))
+
+
+def images(kind, labels=torch.int64, count=4):
+    return Images(*[(torch.zeros(4, 3, 8, 8, dtype=kind), torch.zeros(count, dtype=labels))] * 2, (0,) * 3, (1,) * 3, 2)
+
+
+def plan():
+    return Plan(adabatch(16, 64, 0.1, epochs=2, every=1), 100)
+
+
+def zero_rates():
+    return plan().lr_scheduler(torch.optim.SGD(model().parameters(), lr=0.0))
+
+
+PARTS = {
+    "a precision in other letters": (lambda: trainer(precision="BF16"), "unknown precision 'BF16': choose from fp32"),
+    "no precision": (lambda: trainer(precision=None), "unknown precision None"),
+    "half a micro-batch": (lambda: trainer(micro_batch=2.5), "micro_batch must be a whole number"),
+    "a micro-batch in words": (lambda: trainer(micro_batch="4"), "micro_batch must be a whole number"),
+    "a mean loss": (lambda: trainer(loss=torch.nn.CrossEntropyLoss()), "must be summed over the samples"),
+    "another model's optimizer": (
+        lambda: trainer(optimizer=torch.optim.SGD(model().parameters(), lr=0.1)),
+        "the optimizer has none of the model's parameters",
+    ),
+    "an optimizer that is a class": (lambda: trainer(optimizer=torch.optim.SGD), "must be one of torch.optim"),
+    "groups of different rates": (groups, "one learning rate for all parameter groups"),
+    "images of floats": (lambda: images(torch.float32), "images must be uint8 (N, C, H, W) and labels int64"),
+    "labels of floats": (lambda: images(torch.uint8, torch.float32), "labels int64 (N,)"),
+    "fewer labels than images": (lambda: images(torch.uint8, count=3), "at least one of each"),
+    "a state of something else": (lambda: plan().load_state_dict({"step": 5}), "the state of a plan is {'update'"),
+    "no state": (lambda: plan().load_state_dict(None), "not None"),
+    "a model as optimizer": (lambda: plan().lr_scheduler(model()), "must be one of torch.optim, not Sequential"),
+    "an optimizer at rest": (zero_rates, "the optimizer's learning rate is 0: build it with schedule.base_lr"),
+    "a function as curve": (
+        lambda: Schedule((Stage(0, 8, 0.1),), epochs=1, curve=lambda progress: 1),
+        "curve must be a Curve: from_lr_schedule makes",
+    ),
+    "results of a folder without records": (lambda: analysis._write("outptus", "file"), "outptus holds no records"),
+    "a forecast without end": (lambda: forecast._command(None, math.inf), "seconds must be from 0 to 86,400"),
+    "a data set that is not there": (lambda: training_samples(Experiment(dataset="imagenet")), "lacks train/"),
+}
+
+
+@pytest.mark.parametrize("call, line", PARTS.values(), ids=PARTS)
+def test_parts_that_do_not_fit(call, line, refused):
+    assert line in refused(call, ValueError, TypeError)
+
+
+@pytest.mark.parametrize("name, value", [("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "x")])
+def test_a_launcher_variable_that_is_no_number(refused, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+
+    def call():
+        read_ahead(1, 100)
+        with process_group("cpu"):
+            pass
+
+    assert f"the environment variable {name} must be a whole number" in refused(call, ValueError)
+
+
+def test_a_number_of_processes_without_torchrun(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call():
+        with process_group("cpu"):
+            pass
+
+    assert "torchrun did not start this process" in refused(call, ValueError)
+
+
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        (["--minutes", "nan"], "minutes must be from 0"),
+        (["--minutes", "inf"], "minutes must be from 0"),
+        (["--dataset", "cifar"], "unknown dataset 'cifar': choose from cifar10, cifar100"),
+        (["--smoke", "--device", "gpu"], "unknown device 'gpu'"),
+    ],
+)
+def test_no_minute_of_a_gpu_is_lost_to_a_typing_error(options, line, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "check", lambda *a: pytest.fail("was begun"))
+    monkeypatch.setattr(gpu, "_try", lambda *a: pytest.fail("was begun"))
+    assert gpu.main(["--rehearse", *options]) == 2 and line in capsys.readouterr().err
 
 
 def test_a_launcher_and_its_environment_that_disagree(refused, monkeypatch):

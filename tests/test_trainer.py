@@ -12,11 +12,11 @@ import torch
 from conftest import small, together
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from adabatch import files, trainer as engine
+from adabatch import files, record, trainer as engine
 from adabatch.data import Images, load_data
 from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
-from adabatch.files import load_checkpoint, save_checkpoint
+from adabatch.files import load_checkpoint, load_weights, save_checkpoint
 from adabatch.loader import batch_slices, micro_batches, shard, split
 from adabatch.trainer import Interrupted, Trainer, process_group
 
@@ -321,7 +321,8 @@ def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
 
 
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path):
-    trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.02})
+    trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})
+    trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})  # JSON makes a list of it
     with pytest.raises(ValueError, match=r"run.pt was written with other settings \(lr\)"):
         trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.03})
 
@@ -537,3 +538,27 @@ def test_compiled_and_plain_agree_across_a_milestone(tmp_path, processes):
     assert len(plain) == len(graphs) == 22
     assert graphs == pytest.approx(plain, rel=1e-4)
     assert (a - b).norm() < 1e-4 * a.norm()
+
+
+def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "run.pt"
+    trainer(GROWING).fit(path)
+    adam = small()
+    swapped = Trainer(adam, torch.optim.Adam(adam.parameters()), load_data("digits"), GROWING)
+    others = [
+        (lambda: trainer(GROWING, seed=1), "another schedule or seed"),
+        (lambda: trainer(fixed(16, lr=0.1, epochs=4)), "another schedule or seed"),
+        (lambda: trainer(GROWING, get_model("alexnet")), "another model or optimizer"),
+        (lambda: swapped, "another model or optimizer"),
+    ]
+    for make, line in others:
+        with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused:
+            make().fit(path)
+        assert "\n" not in str(refused.value)
+
+
+def test_what_the_system_does_not_let_be_read_is_not_called_damaged(tmp_path):
+    for read in (load_checkpoint, record.load, load_weights):
+        with pytest.raises(OSError, match="cannot be read .Is a directory.") as refused:
+            read(tmp_path)
+        assert "delete" not in str(refused.value)
