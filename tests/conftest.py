@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from adabatch import train
 
 os.environ["OMP_NUM_THREADS"] = "1"  # in every process that a test starts: rounding depends on the number of threads
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it, and so its children
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._dynamo"])
 

@@ -80,6 +80,7 @@ def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, ev
         raise error
 
     monkeypatch.setattr(experiment, "_refused", lambda error: True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", rank)
     assert experiment.exit_code(refuse) == 2 and capsys.readouterr().err == said
 
