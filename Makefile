@@ -39,7 +39,8 @@ report: setup  ## execute the report and the galleries on outputs/, one HTML pag
 	papermill nbs/report.ipynb outputs/report.ipynb
 	for folder in $$(ls -d outputs/*/); do papermill nbs/gallery.ipynb $${folder}gallery.ipynb -p dataset $$(basename $$folder) || exit 1; done
 	python -m adabatch.analysis outputs README.md
-	jupyter nbconvert --to html --template classic --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= --HTMLExporter.jquery_url= outputs/report.ipynb
+	jupyter nbconvert --to html --template classic --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
+		--HTMLExporter.jquery_url= outputs/report.ipynb
 
 notebooks: setup  ## execute run.ipynb again for every record, to show its training's log; trains nothing
 	python -c 'import sys; from adabatch.analysis import render; sys.exit(bool(render("outputs")))'

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'ENDINGS', 'AHEAD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR', 'CIFAR_SIZES', 'CIFAR_MEAN', 'CIFAR_STD',
            'DATASETS', 'Epoch', 'draw_order', 'draw_seeds', 'draw_epoch', 'Images', 'class_folders', 'draw_crop',
-           'Batches', 'launch_variable', 'read_ahead', 'Folder', 'check_device', 'best_device', 'load_data']
+           'Batches', 'launch_variable', 'read_ahead', 'Folder', 'check_device', 'check_gpu_each', 'best_device',
+           'load_data']
 
 # %% ../nbs/02_data.ipynb #03cde696
 import atexit, contextlib, hashlib, math, os, random, shutil, signal, sys, tempfile
@@ -434,6 +435,11 @@ def check_device(device: str | torch.device) -> torch.device:
     there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": (found.index or 0) < gpus}
     if not there.get(found.type): raise ValueError(f"device {device} is not there: this machine has {best_device()}")
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
+
+def check_gpu_each(device: str, processes: int):
+    "ValueError if several processes are to train on one GPU."
+    if processes > 1 and device.startswith("cuda:"):
+        raise ValueError(f"device {device} is one GPU, for {processes} processes: give device cuda, one for each")
 
 def best_device() -> str:
     "The fastest kind of device this machine has: cuda, mps or cpu."

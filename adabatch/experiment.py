@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .data import DATASETS, best_device, check_device, class_folders, launch_variable
+from .data import DATASETS, best_device, check_device, check_gpu_each, class_folders, launch_variable
 from .models import model_name
 from .schedule import Schedule, adabatch, fixed, shown, whole_number
 from .trainer import PRECISIONS, Interrupted
@@ -185,8 +185,7 @@ def _check_ranges(e):
 
 def _check_here(e):
     "ValueError if this machine, or the torchrun that started this process, cannot run it."
-    if e.processes > 1 and e.device.startswith("cuda:"):
-        raise ValueError(f"device {e.device} is one GPU, for {e.processes} processes: give device cuda, one for each")
+    check_gpu_each(e.device, e.processes)
     started = launch_variable("WORLD_SIZE", 1)
     if "WORLD_SIZE" not in os.environ: check_device(e.device)
     elif e.processes != started: raise ValueError(f"processes is {e.processes}, but torchrun started {started}")

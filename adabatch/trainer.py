@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .data import check_device, launch_variable
+from .data import check_device, check_gpu_each, launch_variable
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
 from .schedule import Schedule, whole_number
@@ -69,8 +69,7 @@ def process_group(
 ) -> Iterator[torch.device]:
     "Join the processes that torchrun started, if it did. Gives this process's device; ValueError if it is not there."
     size, local = launch_variable("WORLD_SIZE", 1), launch_variable("LOCAL_RANK", 0)
-    if size > 1 and device.startswith("cuda:"):
-        raise ValueError(f"device {device} is one GPU, for {size} processes: give device cuda, one for each")
+    check_gpu_each(device, size)
     found = check_device(f"cuda:{local}" if size > 1 and device == "cuda" else device)
     if size > 1 and found.type == "cuda": torch.cuda.set_device(found)  # NCCL goes by the current one
     if size > 1: dist.init_process_group("nccl" if found.type == "cuda" else "gloo", **_rendezvous())
@@ -593,7 +592,8 @@ class Trainer(EpochLoop):
         if before != now:
             raise ValueError(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                              "written: restore it, or remove the checkpoint to begin anew")
-        if saved.get("plan", self._plan()) != self._plan():
+        plan = self._plan()
+        if saved.get("plan", plan) != plan:
             raise ValueError("the checkpoint is of another schedule or seed: delete it, or give another path")
         try:
             self.model.load_state_dict(saved["model"])
