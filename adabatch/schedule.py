@@ -7,7 +7,7 @@ __all__ = ['LARGEST', 'MOST_STAGES', 'UNITS', 'RULES', 'shown', 'whole_number', 
            'Segment', 'Curve', 'Schedule', 'fixed', 'adabatch', 'from_lr_schedule', 'plot_schedule']
 
 # %% ../nbs/00_schedule.ipynb #256735b4
-import copy, math, operator, warnings
+import copy, inspect, math, operator, warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -390,6 +390,9 @@ def _values(scheduler, steps):
     "The learning rates of a PyTorch scheduler's first parameter group; scheduler and optimizer are left as they were."
     if steps > 10**7: raise ValueError(f"a scheduler with {steps} steps takes too long to read: give curve(progress)")
     if getattr(scheduler, "last_epoch", 0): raise ValueError("the scheduler has been stepped already: give a new one")
+    try: inspect.signature(scheduler.step).bind()
+    except TypeError:  # ReduceLROnPlateau's takes a metric
+        raise TypeError(f"{type(scheduler).__name__} depends on the training: it has no curve") from None
     groups, values = scheduler.optimizer.param_groups, []
     state = copy.deepcopy(scheduler.state_dict())
     settings = [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in groups]
@@ -399,8 +402,6 @@ def _values(scheduler, steps):
             for step in range(steps):
                 if step: scheduler.step()
                 values.append(float(groups[0]["lr"]))
-        except TypeError:
-            raise TypeError(f"{type(scheduler).__name__} depends on the training: it has no curve") from None
         finally:
             scheduler.load_state_dict(state)
             for group, before in zip(groups, settings): group.update(before)
@@ -432,7 +433,7 @@ def _falls(value, points, growth, most):
 
 # %% ../nbs/00_schedule.ipynb #931304c7
 def from_lr_schedule(
-    curve,  # learning rate at `batch_size`, from progress (0 to 1); or a PyTorch learning-rate scheduler
+    curve,  # learning rate at `batch_size`, from progress (0 to 1); or a PyTorch scheduler of an optimizer of its own
     batch_size: int,  # samples per update at the start
     max_batch_size: int,  # where growth ends; for a whole `growth`, `batch_size * growth**k` for some whole k
     epochs: int,  # length of the training

@@ -266,6 +266,8 @@ def test_pytorchs_schedulers(name, rule, power):
 def test_a_scheduler_without_a_curve():
     with pytest.raises(TypeError, match="ReduceLROnPlateau depends on the training: it has no curve"):
         from_lr_schedule(lr_scheduler.ReduceLROnPlateau(optimizer(0.1)), 16, 32, 10)
+    with pytest.raises(TypeError, match="unsupported operand"):  # a defect of the caller's is not hidden
+        from_lr_schedule(lr_scheduler.LambdaLR(optimizer(0.1), lambda k: 1 / (k and "2" or 1)), 16, 32, 10)
     stepped = lr_scheduler.StepLR(optimizer(0.1), 3)
     stepped.optimizer.step()
     stepped.step()
