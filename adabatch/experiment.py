@@ -232,7 +232,9 @@ def resolve(
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
     if here: _check_here(e)
-    return Run(e, make_schedule(e))
+    run = Run(e, make_schedule(e))
+    if len(run.path.stem) <= 255 - len(".weights.pt.partial"): return run  # the longest of the endings it will get
+    raise ValueError(f"the settings make a file name of {len(run.path.name)} characters: give fewer milestones")
 
 # %% ../nbs/07_experiment.ipynb #a2e83778
 def training_samples(e: Experiment) -> int:
@@ -355,14 +357,20 @@ def exit_code(command: Callable) -> int:
         return 2
 
 # %% ../nbs/07_experiment.ipynb #7ca00285
+def _assigned(source):
+    "The names that a cell assigns to; lines with magics are left out."
+    lines = [line for line in source.splitlines(keepends=True) if not line.startswith(("%", "!"))]
+    nodes = [node for node in ast.parse("".join(lines)).body if isinstance(node, (ast.Assign, ast.AnnAssign))]
+    targets = [t for node in nodes for t in getattr(node, "targets", None) or [node.target]]
+    return {t.id for t in targets if isinstance(t, ast.Name)}
+
 def from_notebook(
     names: dict,  # the notebook's globals()
     cells: list[str],  # sources of the cells run so far (`In`); those with parameters begin "# Parameters"
 ) -> Experiment:
     "The experiment that a notebook's parameters define. ValueError for a parameter that does not exist."
-    trees = [ast.parse(source) for source in cells if source.lstrip().startswith("# Parameters")]
-    targets = [t for tree in trees for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
-    for name in sorted({t.id for t in targets if isinstance(t, ast.Name)} - set(FIELDS)):
+    assigned = [_assigned(source) for source in cells if source.lstrip().startswith("# Parameters")]
+    for name in sorted(set().union(*assigned) - set(FIELDS)):
         close = difflib.get_close_matches(name, FIELDS, 1)
         advice = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(FIELDS)}"
         raise ValueError(f"unknown parameter {name!r}: {advice}")

@@ -28,7 +28,8 @@ NUMBERS = {  # of the schedule
     "lr": [0, -0.1, HUGE, *NO_NUMBER],
     "lr_decay": [0, -0.75, 1e-300, 1e300, HUGE, *NO_NUMBER],
     "warmup_epochs": [-1, 3, HUGE],
-    "milestones": ["", ",", "2,,4", "4,2", "2,2", "-2", "2.5", "two", "99999999999999999999"],
+    "milestones": ["", ",", "2,,4", "4,2", "2,2", "-2", "2.5", "two", "99999999999999999999",
+                   ",".join(map(str, range(1, 90)))],  # a file name of more than 255 characters
 }
 SETTINGS = {
     "momentum": [-0.1, 1, 1.5, HUGE, *NO_NUMBER],
