@@ -54,15 +54,21 @@ def _objection(path, run, found):
     if run.unnamed: return f"another {', '.join(run.unnamed)} than the recipe's"
     return "" if found.as_configured else "not all epochs were divided as the arm says"
 
-def collect(output_dir: str | Path) -> Evidence:
-    "All records under `<output_dir>/<dataset>/<model>/`, and the benchmark beside them; of an absent folder, none."
-    runs, left_out = {}, []
+def _examined(output_dir):
+    "Each file that should be a record, with its run, the record, and why it cannot stand for its arm."
     for path in sorted(Path(output_dir).glob("*/*/*.npz")):
+        run = found = None
         try:
             run, found = made_by(path, output_dir)
             objection = _objection(path, run, found)
         except ValueError: objection = "damaged, or no record of an experiment"
         except OSError: objection = "cannot be read"
+        yield path, run, found, objection
+
+def collect(output_dir: str | Path) -> Evidence:
+    "All records under `<output_dir>/<dataset>/<model>/`, and the benchmark beside them; of an absent folder, none."
+    runs, left_out = {}, []
+    for path, run, found, objection in _examined(output_dir):
         if objection: left_out.append(f"{path.relative_to(output_dir).as_posix()}: {objection}")
         else: runs.setdefault((path.parts[-3], run.experiment.model, run.arm), {})[run.experiment.seed] = found
     benchmark = _benchmark(Path(output_dir, "benchmark.json"), left_out)
@@ -665,11 +671,7 @@ def write_between(text: str, markers: tuple[str, str], new: str) -> str:
 # %% ../nbs/10_analysis.ipynb #872fb97f
 def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
     "Execute `run.ipynb` again for every record that belongs where it lies. Returns the paths that failed."
-    runs = []
-    for path in sorted(Path(output_dir).glob("*/*/*.npz")):
-        try: run, found = made_by(path, output_dir)
-        except (ValueError, OSError): continue
-        if not _objection(path, run, found): runs.append(run)
+    runs = [run for _, run, _, objection in _examined(output_dir) if not objection]
     for run in runs: run.path.with_suffix(".ipynb").unlink(missing_ok=True)
     return Sweep(runs, jobs=jobs).run()
 

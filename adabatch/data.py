@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .files import atomic_write, lock
+from .files import Busy, atomic_write, lock
 
 # %% ../nbs/02_data.ipynb #cdaaa4b7
 @dataclass(frozen=True)
@@ -405,8 +405,8 @@ def _cached(folder, classes):
     except Exception: pass  # no cache, or a damaged one: decode
     splits = [(np.stack([_pixels(p) for p, _ in split]), np.array([label for _, label in split])) for split in files]
     arrays = {f"{name}{k}": a for k, split in enumerate(splits) for name, a in zip(("images", "labels"), split)}
-    try:  # where another process writes it, it is locked: a ValueError
-        with contextlib.suppress(ValueError), lock(cache), atomic_write(cache) as f: np.savez(f, key=key, **arrays)
+    try:
+        with contextlib.suppress(Busy), lock(cache), atomic_write(cache) as f: np.savez(f, key=key, **arrays)
     except OSError as error:
         print(f"note: {cache} could not be written ({error}); the images will be decoded again", file=sys.stderr)
     return splits

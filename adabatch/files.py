@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'checkpoint_files', 'save_checkpoint', 'check_readable', 'load_checkpoint', 'remove_checkpoint',
-           'load_weights', 'lock']
+           'load_weights', 'Busy', 'lock']
 
 # %% ../nbs/01_files.ipynb #2786d555
 import contextlib, hashlib, os, sys, zipfile
@@ -110,16 +110,19 @@ def load_weights(path: str | Path) -> dict:  # name -> tensor, on the CPU
     raise ValueError(f"{path} is damaged, or holds no weights: delete it, and make the run again")
 
 # %% ../nbs/01_files.ipynb #5131c0f0
+class Busy(ValueError):
+    "Another process is making the file."
+
 @contextlib.contextmanager
 def lock(path: str | Path) -> Iterator[None]:
-    "Keep other processes from making the file `path`. ValueError if one does, OSError if its folder cannot be written."
+    "Keep other processes from making the file `path`. `Busy` if one does, OSError if its folder cannot be written."
     path = Path(path)
     held = FileLock(f"{path}.lock", timeout=0)
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
-    except Timeout: raise ValueError(f"{path} is being made by another process") from None
+    except Timeout: raise Busy(f"{path} is being made by another process") from None
     except OSError as error:
         raise OSError(f"output folder {path.parent} cannot be written ({error.strerror})") from None
     try: yield

@@ -18,7 +18,7 @@ import torch
 from . import record
 from .experiment import (
     GRIDS, TEXTS, Run, add_options, arguments, choose, exit_code, overrides, select, training_samples)
-from .files import load_checkpoint, lock
+from .files import Busy, load_checkpoint, lock
 from .train import (
     HERE, checkpoint_path, device_name, duration, existing, raise_interrupt, which_signal)
 from .trainer import Interrupted
@@ -35,7 +35,8 @@ def state(run: Run) -> str:
         with contextlib.suppress(OSError), lock(run.path): pass  # who may only read sees all but whether it is running
         saved = load_checkpoint(checkpoint_path(run))
         return f"interrupted in epoch {saved['epoch'] + 1} of {run.schedule.epochs}" if saved else "to do"
-    except (ValueError, OSError) as error: return "running" if "another process" in str(error) else str(error)
+    except Busy: return "running"
+    except (ValueError, OSError) as error: return str(error)
 
 def finished(run: Run, executor: str, found: str) -> bool:
     "Is nothing left to do for a run whose state is `found`?"

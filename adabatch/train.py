@@ -18,7 +18,7 @@ from . import record
 from .data import Folder, load_data
 from .experiment import DIVISION, Experiment, Run, add_options, arguments, exit_code, recipe_table, resolve
 from .files import (
-    atomic_write, checkpoint_files, load_checkpoint, load_weights, lock, remove_checkpoint, save_checkpoint)
+    Busy, atomic_write, checkpoint_files, load_checkpoint, load_weights, lock, remove_checkpoint, save_checkpoint)
 from .models import get_model
 from .record import Record, epoch_line
 from .trainer import (
@@ -59,7 +59,7 @@ def _adopt(run):
         if not _same_run(run, other): continue
         try:
             with lock(other.with_suffix(".npz")): state = _same_run(run, other)
-        except ValueError:
+        except Busy:
             print(f"{other} is not resumed: another process is making it", flush=True)
             continue
         if not state: continue
@@ -71,12 +71,13 @@ def _adopt(run):
 def claim(run: Run, world: World) -> Iterator[Record | None]:
     """The right to make a run, for all ranks together; or its record, if that is there already.
 
-    ValueError if another process is making it or has a record of other settings, OSError if it cannot be written."""
+    `Busy` if another process is making it, ValueError if its record has other settings, OSError if it cannot be
+    written."""
     def look(): return None if run.experiment.overwrite else existing(run)
 
     def take():
         stack.enter_context(lock(run.path))
-        if look(): raise ValueError(f"{run.path} has just been made by another process")
+        if look(): raise Busy(f"{run.path} has just been made by another process")
         _adopt(run)
     with contextlib.ExitStack() as stack:
         found = world.on_rank_0(look)

@@ -11,7 +11,7 @@ from conftest import papermill, start
 
 from adabatch import experiment, record, sweep, train
 from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
-from adabatch.files import lock
+from adabatch.files import Busy, lock
 from adabatch.sweep import Sweep, state
 from adabatch.train import duration, main, run
 from adabatch.trainer import Interrupted
@@ -67,6 +67,8 @@ def test_wrong_types_and_unknown_names(capsys):
         resolve(Experiment(epochs=2.5))
     with pytest.raises(ValueError, match="unknown parameter 'modle': did you mean 'model'"):
         from_notebook({"modle": 1}, ["# Parameters\nmodle = 1"])
+    with pytest.raises(ValueError, match="unknown parameter 'modle'"):
+        from_notebook({"modle": 1}, ["# Parameters\n%matplotlib inline\nmodle: int = 1"])
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path, quick):
@@ -316,7 +318,7 @@ def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
         assert holder.is_alive()
         time.sleep(0.01)
     assert state(e) == "running"
-    with pytest.raises(ValueError, match="is being made by another process"):
+    with pytest.raises(Busy, match="is being made by another process"):
         run(e)
     sweep = Sweep([e], "process")
     assert sweep.run() == [] and "left to the process that is making it" in capsys.readouterr().out
