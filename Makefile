@@ -22,9 +22,9 @@ run: setup  ## train AlexNet on digits with AdaBatch; the executed notebook and 
 	$(BIN)/uv pip install --quiet --compile-bytecode --no-deps --python $(BIN)/python -r requirements-test.lock
 	touch $@
 
-test: .venv/.test-ready  ## the notebooks, then the exported modules
-	nbdev_test --n_workers 1
-	python -m pytest -q tests
+test: .venv/.test-ready  ## the notebooks, then the exported modules, two at a time: many start several processes
+	nbdev_test --n_workers 2
+	python -m pytest -q -n 2 --dist worksteal tests
 
 torture: setup  ## kill runs at 200 random and named moments: all must end in the same record (KILLS=40)
 	python tests/torture.py $(KILLS)
