@@ -20,7 +20,7 @@ import torch.distributed as dist
 from . import record
 from .data import best_device, check_device, load_data
 from .experiment import (
-    GRIDS, Experiment, Run, add_options, choose, exit_code, overrides, recipe, resolve)
+    GRIDS, NETWORKS, Experiment, Run, add_options, choose, exit_code, overrides, recipe, resolve)
 from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
 from .trainer import PRECISIONS, Interrupted, Trainer, device_settings, prepare, synchronize
@@ -119,7 +119,7 @@ def order_of_worth(**settings) -> list[Run]:
     def made(experiments, values): return [resolve(replace(e, resume="own", **values)) for e in experiments]
     paper = GRIDS["paper"]
     one = [e for e in paper if e.processes is None and e.micro_batch is None and e.warmup_epochs is None]
-    one.sort(key=lambda e: ("alexnet", "resnet20", "vgg19bn").index(e.model))
+    one.sort(key=lambda e: -NETWORKS.index(e.model))  # the least work first
     timing = [replace(e, epochs=5, every=1) for e in one]
     accumulated = [e for e in paper if e.micro_batch]
     large = [replace(e, processes=None) for e in paper if e.warmup_epochs]

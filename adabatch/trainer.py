@@ -278,7 +278,8 @@ def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
 # %% ../nbs/05_trainer.ipynb #03c3a97d
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    "Collect SIGINT and SIGTERM in a list, and act on a second one. Outside the main thread the list stays empty."
+    """Collect SIGINT and SIGTERM in a list; one that comes more than a second after the first acts at once. Outside
+    the main thread the list stays empty."""
     received, handlers, first = [], {}, math.inf
 
     def collect(signum, frame):
