@@ -311,7 +311,7 @@ def interrupted_command(device: str) -> str:
 def throughput(device: str, precision: str, rehearse: bool) -> dict[tuple[str, int], float]:
     "Seconds per training sample of (network, batch size), at both ends of the paper's batch sizes."
     found = {}
-    for model in ("alexnet", "resnet20", "vgg19bn"):
+    for model in NETWORKS:
         values = recipe(model, "cifar10", "adabatch")
         for size in (values["batch_size"], values["max_batch_size"]):
             measured, updates = (max(2, size // 128), 2) if rehearse else (size, max(1, 5120 // size))
