@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup run test torture sweep evidence report notebooks gpu bench lab export docs
+.PHONY: setup run test torture sweep evidence report notebooks gpu bench lab export show docs
 setup: .venv/.ready
 
 .venv/.ready: requirements.lock pyproject.toml
@@ -22,9 +22,12 @@ run: setup  ## train AlexNet on digits with AdaBatch; the executed notebook and 
 	$(BIN)/uv pip install --quiet --compile-bytecode --no-deps --python $(BIN)/python -r requirements-test.lock
 	touch $@
 
-test: .venv/.test-ready  ## the notebooks, then the exported modules, two at a time: many start several processes
-	nbdev_test --n_workers 2
+test: .venv/.test-ready  ## the notebooks, with what they show, and the exported modules; two at a time, as many start several processes
 	python -m pytest -q -n 2 --dist worksteal tests
+
+show: setup  ## execute the notebooks, so that they show what they gave (NB=nbs/03_loader.ipynb for one)
+	python tests/show.py $(NB)
+	nbdev_clean
 
 torture: setup  ## kill runs at 200 random and named moments: all must end in the same record (KILLS=40)
 	python tests/torture.py $(KILLS)
@@ -55,7 +58,7 @@ bench: setup  ## samples per second over the batch size, beside other loops; hal
 lab: setup  ## read and run the notebooks
 	jupyter lab nbs
 
-export: setup  ## notebooks -> adabatch/, outputs cleaned
+export: setup  ## notebooks -> adabatch/; the notebooks cleaned of everything but their outputs
 	nbdev_export
 	nbdev_clean
 
