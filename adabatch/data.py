@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'ENDINGS', 'AHEAD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR', 'CIFAR_SIZES', 'CIFAR_MEAN', 'CIFAR_STD',
-           'DATASETS', 'Epoch', 'draw_order', 'draw_seeds', 'draw_epoch', 'Images', 'class_folders', 'draw_crop',
-           'Batches', 'launch_variable', 'read_ahead', 'Folder', 'check_device', 'check_gpu_each', 'best_device',
-           'load_data']
+           'DATASETS', 'Epoch', 'draw_epoch', 'Images', 'class_folders', 'draw_crop', 'Batches', 'launch_variable',
+           'read_ahead', 'Folder', 'check_device', 'check_gpu_each', 'best_device', 'load_data']
 
 # %% ../nbs/04_data.ipynb #03cde696
 import atexit, contextlib, hashlib, math, os, random, shutil, signal, sys, tempfile
@@ -20,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .files import Busy, atomic_write, lock
+from .loader import draw_order, draw_seeds
 
 # %% ../nbs/04_data.ipynb #cdaaa4b7
 @dataclass(frozen=True)
@@ -30,23 +30,6 @@ class Epoch:
     order: torch.Tensor  # (N,) int64: the samples in the order they are used
     crop: torch.Tensor  # (N, 2) int64: top and left of each sample's crop, by sample
     flip: torch.Tensor  # (N,) bool: is the sample mirrored, by sample
-
-def draw_order(
-    samples: int,  # size of the training set, N
-    seed: int,
-    epoch: int,
-    rng: np.random.Generator | None = None,  # the epoch's, where more is to be drawn from it afterwards
-) -> np.ndarray:  # (N,) int64
-    "The order in which an epoch uses the samples."
-    return (rng or np.random.default_rng([seed, epoch])).permutation(samples)
-
-def draw_seeds(
-    samples: int,  # size of the training set, N
-    seed: int,
-    epoch: int,
-) -> np.ndarray:  # (N,) int64, by sample, from 0 to 2**62 - 1
-    "A seed for the augmentation of each sample in an epoch."
-    return np.random.default_rng([seed, epoch, 1]).integers(2**62, size=samples)
 
 def draw_epoch(
     samples: int,  # size of the training set, N

@@ -15,7 +15,7 @@ import torch
 
 from .data import Images, load_data
 from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve, training_samples
-from .loader import Plan
+from .loader import Plan, unroll
 from .schedule import Schedule, fixed
 from .train import device_name, duration, make_trainer
 from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory, prepare
@@ -65,7 +65,7 @@ def predict(
     """Training time along a schedule. ValueError if it has a batch size below all that were measured, or above
     `samples`."""
     parts = []
-    for segment in schedule.unroll(samples, drop_last):
+    for segment in unroll(schedule, samples, drop_last):
         size = segment.stage.batch_size
         used = min(segment.updates * size, samples - segment.start)  # in each of its epochs
         parts.append([segment.epochs * used / rate for rate in measurement.rate(size).values])

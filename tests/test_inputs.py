@@ -186,7 +186,7 @@ CALLS = {
     "a grid's data": lambda: select("digits", dataset="mnist"),
     "an epoch in between": lambda: adabatch(16, 256, 0.1).at(2.5),
     "an epoch after the end": lambda: adabatch(16, 256, 0.1).at(100),
-    "negative samples": lambda: adabatch(16, 256, 0.1).updates(0, -1),
+    "negative samples": lambda: Plan(adabatch(16, 256, 0.1), -1),
     "a fraction that is none": lambda: adabatch(16, 256, 0.1).lr(0, math.nan),
     "no data set": lambda: load_data(""),
     "None as data set": lambda: load_data(None),

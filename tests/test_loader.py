@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from adabatch.data import draw_epoch
-from adabatch.loader import Plan, batch_slices, shard
+from adabatch.loader import Plan, shard
 from adabatch.schedule import Schedule, Stage, adabatch, fixed, from_lr_schedule
 
-AT_5 = Schedule((Stage(0, 8, 0.1), Stage(5, 32, 0.2)), epochs=3, unit="updates")  # 100 samples: within the first epoch
+AT_5 = Schedule((Stage(0, 8, 0.1), Stage(0.4, 32, 0.2)), epochs=3)  # of 100 samples: from the sixth update on
 
 
 class Indices(Dataset):
@@ -37,12 +37,13 @@ def test_the_plan_is_what_a_trainer_computes_epoch_by_epoch(drop_last):
         plan = Plan(schedule, 100, seed=3, drop_last=drop_last)
         updates = iter(range(len(plan)))
         for epoch in range(schedule.epochs):
-            slices = batch_slices(100, schedule.at(epoch).batch_size, drop_last)
+            size = schedule.at(epoch).batch_size
+            slices = [(a, min(a + size, 100)) for a in range(0, 100 - 100 % size if drop_last else 100, size)]
             order = draw_epoch(100, 3, epoch).order
             for k, batch in enumerate(slices):
                 now = plan.at(update := next(updates))
                 assert (now.number, now.epoch, now.batch, now.weight) == (update, epoch, batch, 1.0)
-                assert now.batch_size == schedule.at(epoch).batch_size
+                assert now.batch_size == size
                 assert now.lr == plan.lr(update) == schedule.lr(epoch, k / len(slices))  # to the bit
                 assert plan.indices(update) == order[slice(*batch)].tolist()
         assert next(updates, None) is None
@@ -285,7 +286,10 @@ def test_bad_numbers(make, error, line):
 
 
 def test_a_long_training_is_planned_at_once():
-    plan = Plan(adabatch(16, 64, lr=0.1, milestones=[10**6, 10**9], epochs=10**12), 50_000)
+    schedule = adabatch(16, 64, lr=0.1, milestones=[10**6, 10**9], epochs=10**12)
+    from_lr_schedule(lambda progress: 1.1 - progress, 16, 64, epochs=10**12)
+    plan = Plan(schedule, 50_000)
+    assert [(s.epoch, s.epochs) for s in plan.segments] == [(0, 10**6), (10**6, 10**9 - 10**6), (10**9, 10**12 - 10**9)]
     assert len(plan) == 3125 * 10**6 + 1562 * (10**9 - 10**6) + 781 * (10**12 - 10**9)
     plan.start = len(plan) - 2
     assert [len(batch) for batch in plan] == [64, 64]
@@ -298,13 +302,12 @@ def test_properties_of_any_plan():
 
     @some.composite
     def plans(draw):
-        samples, unit = draw(some.integers(1, 60)), draw(some.sampled_from(["epochs", "samples", "updates"]))
-        starts = some.integers(1, 100) if unit != "epochs" else some.integers(1, 60).map(lambda k: k / 16)
+        samples, starts = draw(some.integers(1, 60)), some.integers(1, 60).map(lambda k: k / 16)
         starts = [0, *sorted(draw(some.sets(starts, max_size=4)))]
         stages = [Stage(start, draw(some.integers(1, samples)), draw(some.floats(1e-3, 1))) for start in starts]
         world = draw(some.integers(1, 4))
         epochs, warmup = draw(some.integers(1, 4)), draw(some.integers(0, 2))
-        schedule = Schedule(stages, epochs, warmup, unit=unit)
+        schedule = Schedule(stages, epochs, warmup)
         settings = dict(seed=draw(some.integers(0, 2**64 - 1)), drop_last=draw(some.booleans()), world_size=world)
         return [Plan(schedule, samples, rank=rank, **settings) for rank in range(world)]
 
@@ -321,8 +324,7 @@ def test_properties_of_any_plan():
             assert all(a.shard[1] == b.shard[0] for a, b in zip(views, views[1:]))
             assert sum(v.weight for v in views) == pytest.approx(len(plans))
             done = now.epoch + now.batch[0] / one.samples
-            clock = {"epochs": done, "samples": used, "updates": update}[schedule.unit]
-            assert now.batch_size == [s.batch_size for s in schedule.stages if s.start <= clock + 1e-9][-1]
+            assert now.batch_size == [s.batch_size for s in schedule.stages if s.start <= done + 1e-9][-1]
             assert 0 < now.batch[1] - now.batch[0] <= now.batch_size and 0 <= now.lr <= 1
             assert now.batch[0] == (last if epochs and epochs[-1] == now.epoch else 0)
             epochs.append(now.epoch)
@@ -331,7 +333,7 @@ def test_properties_of_any_plan():
         if not one.drop_last:
             assert used == one.samples * schedule.epochs
         for epoch in range(schedule.epochs):
-            assert schedule.updates(epoch, one.samples, one.drop_last) == epochs.count(epoch)
+            assert len(one.updates_of(epoch)) == epochs.count(epoch)
         done = data.draw(some.integers(0, len(one)))
         whole = list(one)
         one.start = done
