@@ -41,12 +41,12 @@ evidence: setup  ## what two CPU cores can make of the paper, in order of worth,
 report: setup  ## execute the report and the galleries on outputs/, one HTML page of the report; rewrites the README's results
 	papermill nbs/report.ipynb outputs/report.ipynb
 	for folder in $$(ls -d outputs/*/); do papermill nbs/gallery.ipynb $${folder}gallery.ipynb -p dataset $$(basename $$folder) || exit 1; done
-	python -m adabatch.analysis outputs README.md
+	python -m adabatch.report outputs README.md
 	jupyter nbconvert --to html --template classic --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
 		--HTMLExporter.jquery_url= outputs/report.ipynb
 
 notebooks: setup  ## execute run.ipynb again for every record, to show its training's log; trains nothing
-	python -c 'import sys; from adabatch.analysis import render; sys.exit(bool(render("outputs")))'
+	python -c 'import sys; from adabatch.report import render; sys.exit(bool(render("outputs")))'
 
 gpu: setup  ## on a machine with a GPU: check it, then the paper's runs in order of worth (ARGS="--minutes 30 --precision bf16")
 	python -m adabatch.gpu $(ARGS)

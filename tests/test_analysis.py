@@ -1,17 +1,14 @@
-import json
-import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from adabatch import analysis, record
-from adabatch.analysis import collect, interval, judge, speed_claim
+from adabatch import record
+from adabatch.analysis import (
+    PAPER, Comparison, Spread, collect, compare, compare_control, control_key, endpoint, judge, paired_interval, pool,
+)
 from adabatch.experiment import Experiment, resolve
-
-PUBLISHED = [8.2, 8.4, 8.1, 8.6, 8.3], [8.5, 8.2, 8.4, 8.9, 8.6, 8.3]
 
 
 def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
@@ -26,65 +23,79 @@ def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
     return run.path
 
 
-def test_the_interval_is_welchs():
-    a, b = map(np.array, PUBLISHED)
-    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    dof = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = stats.t.ppf(0.95, dof) * (va + vb) ** 0.5
-    assert interval(a, b) == pytest.approx((a.mean() - b.mean() - half, a.mean() - b.mean() + half))
+def by_seed(values):
+    return dict(enumerate(values))
 
 
-def test_within_is_two_one_sided_tests():
-    a, b = map(np.array, PUBLISHED)
-    for margin in (0.2, 0.3, 0.4, 0.5, 1.0):
-        above = stats.ttest_ind(a, b - margin, equal_var=False, alternative="greater").pvalue
-        below = stats.ttest_ind(a, b + margin, equal_var=False, alternative="less").pvalue
-        p = max(above, below)
-        assert (judge(a, b, -margin, margin)[0] == "holds") == (p < 0.05)
-    assert judge(a, b, -1, 1)[0] == "holds" and judge(a, b, -0.2, 0.2)[0] == "not decided"
+def lasting(errors, lr):
+    return record.Record(dict(test_error=np.array(errors, float), lr=np.array(lr, float)), {}, {}, "complete")
 
 
-def by_seed(values, first=0):
-    return dict(enumerate(values, first))
+def test_the_endpoint_lies_behind_the_last_milestone():
+    assert endpoint(lasting([9, 9, 9, 5, 4, 3, 2, 1], [1] * 8)) == 3
+    assert endpoint(lasting([9, 9, 9, 9, 9, 3, 2, 1], [1] * 5 + [0.5] * 3)) == 2
+    assert endpoint(lasting([9, 1], [1, 0.5])) == 1
 
 
-def test_where_all_seeds_are_shared_the_paired_test_decides():
-    a, b = map(np.array, PUBLISHED)
-    small, growing = 10 * a, 10 * a + b[:5] / 10  # seeds scatter together
-    for margin in (0.84, 0.85, 0.86, 0.87, 0.88, 0.9, 1.0):
-        above = stats.ttest_1samp(growing - small + margin, 0, alternative="greater").pvalue
-        below = stats.ttest_1samp(growing - small - margin, 0, alternative="less").pvalue
-        assert (judge(by_seed(growing), by_seed(small), -margin, margin)[0] == "holds") == (max(above, below) < 0.05)
-    verdict, text = judge(by_seed(growing), by_seed(small), -1, 1)
-    assert verdict == "holds" and "n = 5 pairs (Welch: " in text
-    shuffled = {seed: small[seed] for seed in (3, 1, 4, 0, 2)}
-    assert judge(by_seed(growing), shuffled, -1, 1) == (verdict, text)
+def test_the_intervals_are_those_of_two_one_sided_tests():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = rng.standard_normal((2, 5))
+        margin = rng.uniform(0.2, 2)
+        spread = pool([a, b])
+        for bound, side in ((-margin, "greater"), (margin, "less")):  # Student's test has the pooled spread of two arms
+            test = stats.ttest_ind(a - bound, b, alternative=side)
+            end = a.mean() - b.mean() + (-1 if side == "greater" else 1) * spread.half_width(5, 5)
+            assert (test.pvalue < 0.05) == (end > bound if side == "greater" else end < bound)
+        low, high = paired_interval(a - b)
+        assert (stats.ttest_1samp(a - b, -margin, alternative="greater").pvalue < 0.05) == (low > -margin)
+        assert (stats.ttest_1samp(a - b, margin, alternative="less").pvalue < 0.05) == (high < margin)
 
 
-def test_without_the_same_seeds_welchs_test_decides():
-    a, b = map(np.array, PUBLISHED)
-    small, growing = 10 * a, 10 * a + b[:5] / 10
-    for other in (by_seed(small, first=1), by_seed(small[:4]), list(small)):
-        values = list(other.values()) if isinstance(other, dict) else other
-        assert judge(by_seed(growing), other, -1, 1) == judge(list(growing), values, -1, 1)
-        assert judge(by_seed(growing), other, -1, 1)[0] == "not decided"
+CLOSE, WIDE = Spread(0.3, 6), Spread(3.0, 6)
 
 
 @pytest.mark.parametrize(
-    "a, b, verdict",
+    "a, b, spread, word, clear",
     [
-        ([], [1.0], "not decided"),
-        ([8.0], [8.0], "not decided"),
-        ([8.0, 8.0], [8.0, 8.0], "not decided"),
-        ([8.0, 8.1], [8.0, 8.1], "holds"),
-        ([18.0, 18.1], [8.0, 8.1], "fails"),
+        ([], [1.0], CLOSE, "not decided", False),
+        ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], CLOSE, "holds", False),
+        ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], WIDE, "not decided", False),  # the pooled interval is wide
+        ([8.1, 6.0, 10.2, 8.1], [8.0, 8.1, 8.0, 8.2], CLOSE, "not decided", False),  # the paired one is
+        ([8.1, 8.0, 8.2], [8.0, 8.1, 8.0], CLOSE, "not decided", False),  # three pairs are no four
+        ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], Spread(0.3, 3), "not decided", False),  # three degrees
+        ([18.1, 18.0, 18.2, 18.1], [8.0, 8.1, 8.0, 8.2], CLOSE, "fails", False),
+        ([18.0], [8.0], CLOSE, "fails", True),
+        ([9.7], [8.0], CLOSE, "not decided", False),  # 1.7 - 1 is less than t s sqrt(2)
+        ([9.9], [8.0], CLOSE, "fails", True),
+        ([8.0] * 4, [8.0] * 4, CLOSE, "not decided", False),  # equal runs have no spread
+        ([float("nan")] * 4, [8.0, 8.1, 8.0, 8.2], CLOSE, "not decided", False),  # diverged
     ],
 )
-def test_few_seeds_and_clear_cases(a, b, verdict):
-    found, why = judge(a, b, -1, 1)
-    assert found == verdict
-    if len(a) < 2:
-        assert "no runs" in why or "too few seeds" in why and "n = 1 and 1" in why
+def test_within_one_point(a, b, spread, word, clear):
+    v = judge(by_seed(a), by_seed(b), -1, 1, spread)
+    assert (v.word, v.clear) == (word, clear)
+
+
+@pytest.mark.parametrize(
+    "a, b, word, clear",
+    [
+        ([9.0], [8.0], "holds", True),
+        ([8.5], [8.0], "not decided", False),
+        ([7.0], [8.0], "fails", True),
+        ([9.0, 9.1, 8.9, 9.2], [8.0, 8.1, 8.0, 8.2], "holds", False),
+        ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], "not decided", False),
+    ],
+)
+def test_ends_higher(a, b, word, clear):
+    v = judge(by_seed(a), by_seed(b), 0, np.inf, CLOSE)
+    assert (v.word, v.clear) == (word, clear)
+
+
+def test_pairs_are_seeds_that_both_arms_have():
+    v = judge({3: 8.1, 0: 8.0, 7: 1.0}, {0: 8.0, 3: 8.0}, -1, 1, CLOSE)
+    assert (v.pairs, v.runs, v.n) == (2, (3, 2), "3 and 2 runs")
+    assert v.paired == pytest.approx(paired_interval([0.0, 0.1]))
 
 
 def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
@@ -111,118 +122,38 @@ def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     assert evidence.left_out == [f"{name}: {reason}" for name, reason in zip(names, reasons)]
 
 
-def test_only_runs_with_the_same_setup_are_compared_in_speed(tmp_path):
-    arms = "digits", "alexnet", "fixed-16", "adabatch-16-256"
-
-    def verdict():
-        claim = speed_claim(collect(tmp_path), *arms, 1.5)
-        return claim.measured, claim.verdict
-
-    def gpu(name, seconds, seed, **settings):
-        made, row = dict(device=name, clock="CUDA events"), dict(forward_seconds=seconds + 0.01 * seed)
-        make(tmp_path, seed, made=made, row=row, **settings)
-
-    for seed in range(2):
-        gpu("slow", 3.0, seed)
-        gpu("fast", 1.0, seed, schedule="adabatch")
-    assert verdict() == ("no runs on one and the same GPU", "not decided")
-    for seed in (2, 3):
-        gpu("fast", 2.0, seed)
-    measured, found = verdict()
-    assert found == "holds" and measured.startswith("1.5") and "fast, 1 threads" in measured
-    assert speed_claim(collect(tmp_path), *arms, 3.0).verdict == "fails"
-
-
-def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
-    for seed, error in enumerate((4.0, 6.0)):
-        make(tmp_path, seed=seed, error=error)
+def test_a_large_batch_is_judged_by_the_spread_of_large_batches(tmp_path):
+    for seed in range(5):
+        make(tmp_path, seed, error=5.0 + 0.1 * seed)
+        make(tmp_path, seed, error=5.1 + 0.1 * seed, schedule="adabatch")
+        make(tmp_path, seed, error=50.0 + 10 * seed, batch_size=256)
+    make(tmp_path, dataset="cifar10", error=20.0)
+    make(tmp_path, dataset="cifar10", error=20.0, schedule="adabatch")
+    make(tmp_path, dataset="cifar10", error=40.0, batch_size=4096)
     evidence = collect(tmp_path)
-    table = analysis.arms_table(evidence, [("digits", "alexnet", arm) for arm in ("fixed-16", "fixed-256")], "../")
-    assert "| 5.00 ± 1.41 (n=2) |" in table and "[1](../digits/alexnet/fixed-16-seed1.npz)" in table
-    assert "fixed-256" not in table
-    assert "| digits | alexnet | 2 of 5 | 0 of 5 | 0 of 5 | 0 of 5 |" in analysis.coverage(evidence, "digits", 5)
-    assert "1 of 5" in analysis.coverage(collect(make(tmp_path / "other", dataset="cifar10").parents[2]), "paper", 5)
+    assert compare(evidence, Comparison("digits", "alexnet"), "large").word == "holds"
+    assert compare(evidence, PAPER, "large").word == "not decided"  # large batches scatter by 16 points on digits
+    assert compare(evidence, PAPER).pooled is None  # and the small batches of digits do not stand for CIFAR's
 
 
-def test_minutes_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
-    make(tmp_path, row=dict(samples=100, train_seconds=8.0, test_seconds=2.0))  # a tenth of a second a sample
-    table = analysis.not_run(collect(tmp_path), "digits", 1)
-    lines = {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
-    command = "python -m adabatch.sweep --grid digits --dataset digits --model alexnet --seeds 1"
-    assert f"| 3 | `{command}` |" in lines["alexnet"]
-    assert f"| {3 * 10 * 1437 / 600:.0f} (none, from records of digits) |" in lines["alexnet"]
-    assert "| 4 |" in lines["vgg19bn"] and "unknown" in lines["vgg19bn"]
-
-
-def test_claims_are_made_of_what_was_run_only(tmp_path):
-    for seed in range(3):
-        make(tmp_path, seed, error=5.0 + seed)
-        make(tmp_path, seed, error=15.0 + 1.1 * seed, schedule="adabatch", row=dict(updates=4))
-    claims = {claim.kind: claim for claim in analysis.found_claims(collect(tmp_path))}
-    verdicts = {kind: claim.verdict for kind, claim in claims.items()}
-    assert verdicts == {"updates": "holds", "within": "fails", "rate": "holds"}
-    assert claims["updates"].measured == "32 → 8: 4.0 times fewer"
-    assert "It ends more than one point higher: alexnet on digits" in analysis.answers(collect(tmp_path))
-
-
-def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
-    make(tmp_path)
-    make(tmp_path, schedule="adabatch")
-    assert "Does that save time?** Not shown: `make bench`" in analysis.answers(collect(tmp_path))
-    times = dict(samples=1000, predicted=[[3.0], [2.0]], seen=[[2.0, 1.0], [1.0, 1.0]])
-    raw = dict(machine=dict(device="cpu (made up)"), schedules=dict(alexnet=times))
-    (tmp_path / "benchmark.json").write_text(json.dumps(raw))
-    answers = analysis.answers(collect(tmp_path))
-    assert "cpu (made up): alexnet 1.50 times as fast as the fixed batch (2 epochs of 1,000 images, " in answers
-    assert "by epoch 1.00 to 2.00)" in answers
-    (tmp_path / "benchmark.json").write_text("{")
+def test_controls_are_compared_with_adabatch(tmp_path):
+    for seed in range(4):
+        make(tmp_path, seed, error=20 + 0.1 * seed, schedule="adabatch", dataset="cifar10")
+        make(tmp_path, seed, error=20.2 + 0.1 * seed, dataset="cifar10")
+    make(tmp_path, error=26.0, dataset="cifar10", batch_size=640, lr=0.025)
     evidence = collect(tmp_path)
-    assert evidence.left_out == ["benchmark.json: damaged"] and "Not shown" in analysis.answers(evidence)
+    assert evidence[control_key("constant batch")]
+    v = compare_control(evidence, "constant batch")
+    assert (v.word, v.clear, v.runs) == ("holds", True, (1, 4)) and v.difference == pytest.approx(5.85)
+    assert compare_control(evidence, "stopped early").word == "not decided"
 
 
-def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
-    for seed in range(2):
-        make(tmp_path / "outputs", seed)
-        make(tmp_path / "outputs", seed, schedule="adabatch")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    assert analysis.main([str(tmp_path / "outputs"), str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "32 → 32" in text
-    assert (tmp_path / "outputs/results.png").exists() and "rewritten" in capsys.readouterr().out
-    readme.write_text("nothing")
-    assert analysis.main([str(tmp_path / "outputs"), str(readme)]) == 2 and readme.read_text() == "nothing"
-
-
-def test_links_of_a_table_lead_to_the_records():
-    evidence = collect("outputs")
-    table = analysis.claims_table(evidence, analysis.found_claims(evidence), "outputs/")
-    targets = re.findall(r"\]\((.*?)\)", table)
-    assert targets and all(Path(target).is_file() for target in targets)
-
-
-def run_report(folder, tmp_path):
-    import papermill
-
-    parameters = dict(output_dir=str(folder.resolve()))
-    papermill.execute_notebook("nbs/report.ipynb", tmp_path / "report.ipynb", parameters, progress_bar=False)
-    return (tmp_path / "report.ipynb").read_text()
-
-
-def test_the_report_executes_on_nothing_and_names_what_is_damaged(tmp_path):
-    (tmp_path / "empty").mkdir()
-    text = run_report(tmp_path / "empty", tmp_path)
-    assert "0 records: none" in text and "Nothing was run yet" in text and "image/png" not in text
-    make(tmp_path / "some")
-    make(tmp_path / "some", seed=1).write_bytes(b"torn")
-    text = run_report(tmp_path / "some", tmp_path)
-    assert "1 records: 1 on digits" in text and "left out: 1" in text and "fixed-16-seed1.npz: damaged" in text
-
-
-def test_the_report_executes_on_the_evidence(tmp_path):
-    evidence = collect("outputs")
-    text = run_report(Path("outputs"), tmp_path)
-    assert f"{sum(map(len, evidence.runs.values()))} records" in text and evidence.left_out == []
-    outputs = [o for cell in json.loads(text)["cells"] for o in cell.get("outputs", ())]
-    figures = [o for o in outputs if "image/png" in o.get("data", ())]
-    assert figures and all(o["metadata"]["image/png"]["alt"] for o in figures)
+def test_growing_keeps_the_small_batchs_ratio_of_rate_to_batch_and_makes_fewer_updates():
+    for c in (PAPER, Comparison("cifar100", "resnet20"), Comparison("digits", "vgg19bn")):
+        small, grown = (
+            resolve(Experiment(c.model, c.dataset, schedule, device="cpu")).schedule
+            for schedule in ("fixed", "adabatch")
+        )
+        for epoch in range(small.epochs):
+            a, b = small.at(epoch), grown.at(epoch)
+            assert b.lr / b.batch_size == pytest.approx(a.lr / a.batch_size, rel=1e-12) and b.batch_size >= a.batch_size

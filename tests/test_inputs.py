@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from adabatch import analysis, forecast, gpu, record, train
+from adabatch import forecast, gpu, record, report, train
 from adabatch.data import Images, load_data, read_ahead
 from adabatch.experiment import FIELDS, Experiment, from_notebook, resolve, select, training_samples
 from adabatch.files import load_weights
@@ -263,7 +263,7 @@ PARTS = {
         lambda: Schedule((Stage(0, 8, 0.1),), epochs=1, curve=lambda progress: 1),
         "curve must be a Curve: from_lr_schedule makes",
     ),
-    "results of a folder without records": (lambda: analysis._write("outptus", "file"), "outptus holds no records"),
+    "results of a folder without records": (lambda: report._write("outptus", "file"), "outptus holds no records"),
     "a forecast without end": (lambda: forecast._command(None, math.inf), "seconds must be from 0 to 86,400"),
     "a data set that is not there": (lambda: training_samples(Experiment(dataset="imagenet")), "lacks train/"),
 }

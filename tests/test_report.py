@@ -1,0 +1,132 @@
+import json
+import re
+from pathlib import Path
+
+from test_analysis import make
+
+from adabatch import report
+from adabatch.analysis import Comparison, collect
+from adabatch.experiment import CONTROLS
+
+C = Comparison("digits", "alexnet")
+
+
+def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
+    for seed, error in enumerate((4.0, 6.0)):
+        make(tmp_path, seed=seed, error=error)
+    evidence = collect(tmp_path)
+    table = report.arms_table(evidence, [("digits", "alexnet", arm) for arm in ("fixed-16", "fixed-256")], "../")
+    assert "| 5.00 ± 1.41 (n=2) |" in table and "[1](../digits/alexnet/fixed-16-seed1.npz)" in table
+    assert "fixed-256" not in table
+    assert "| digits | alexnet | 2 of 5 | 0 of 5 | 0 of 5 | 0 of 5 |" in report.coverage(evidence, "digits", 5)
+    assert "1 of 5" in report.coverage(collect(make(tmp_path / "other", dataset="cifar10").parents[2]), "paper", 5)
+
+
+def test_minutes_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
+    make(tmp_path, row=dict(samples=100, train_seconds=8.0, test_seconds=2.0))  # a tenth of a second a sample
+    table = report.not_run(collect(tmp_path), "digits", 1)
+    lines = {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
+    command = "python -m adabatch.sweep --grid digits --dataset digits --model alexnet --seeds 1"
+    assert f"| 3 | `{command}` |" in lines["alexnet"]
+    assert f"| {3 * 10 * 1437 / 600:.0f} (none, from records of digits) |" in lines["alexnet"]
+    assert "| 4 |" in lines["vgg19bn"] and "unknown" in lines["vgg19bn"]
+
+
+def test_the_first_table_has_a_row_for_each_comparison(tmp_path):
+    for seed in range(2):
+        make(tmp_path, seed, error=5.0 + seed)
+        make(tmp_path, seed, error=15.0 + 1.1 * seed, schedule="adabatch", row=dict(updates=4))
+    row = report.comparisons_table(collect(tmp_path)).splitlines()[-1]
+    assert "| 6.00 ± 0.71 | 16.05 ± 0.78 | +10.05 (pooled none; paired +9.73 to +10.37) | 2 pairs | 32 → 8 |" in row
+    assert report.comparisons_table(collect(tmp_path / "none")) == "No runs yet."
+
+
+def test_controls_have_a_row_where_they_were_run(tmp_path):
+    make(tmp_path, error=20.0, schedule="adabatch", dataset="cifar10")
+    make(tmp_path, error=26.0, dataset="cifar10", batch_size=640, lr=0.025)
+    table = report.controls_table(collect(tmp_path))
+    assert "| constant batch | fixed-640-lr0.025 | 32 | 26.50 | +6.00 (pooled none; paired none) | 1 pair |" in table
+    assert not any(name in table for name in CONTROLS if name != "constant batch")
+
+
+def test_a_sentence_that_no_longer_fits_is_left_out(tmp_path):
+    for data, grown in (("cifar10", 20.5), ("cifar100", 20.5)):
+        make(tmp_path, error=20.0, dataset=data)
+        make(tmp_path, error=grown, dataset=data, schedule="adabatch")
+    (found,) = report.findings(collect(tmp_path), tmp_path)
+    assert found.fits and "0.50 points above the small batch" in found.text
+    make(tmp_path, error=23.0, dataset="cifar10", schedule="adabatch")
+    (found,) = report.findings(collect(tmp_path), tmp_path)
+    assert not found.fits and report.answers(collect(tmp_path), tmp_path).startswith("Nothing was run yet")
+
+
+def test_every_sentence_fits_the_committed_records():
+    found = report.findings(collect("outputs"))
+    assert found and [finding.text for finding in found if not finding.fits] == []
+
+
+def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
+    times = dict(samples=1000, predicted=[[3.0], [2.0]], seen=[[2.0, 1.1], [1.0, 2.0]])
+    raw = dict(machine=dict(device="cpu (made up)"), schedules=dict(alexnet=times))
+    make(tmp_path), make(tmp_path, schedule="adabatch")
+    for text, said in ((json.dumps(raw), True), ("{", False), ("[]", False)):
+        (tmp_path / "benchmark.json").write_text(text)
+        answers = report.answers(collect(tmp_path), tmp_path)
+        assert ("cpu (made up): alexnet 1.03)" in answers) == said
+
+
+def test_epochs_that_both_arms_share_are_counted(tmp_path):
+    make(tmp_path)
+    make(tmp_path, schedule="adabatch")
+    assert report.shared_epochs(collect(tmp_path), C) == 2
+    make(tmp_path, seed=1)
+    make(tmp_path, seed=1, error=5.5, schedule="adabatch")
+    assert report.shared_epochs(collect(tmp_path), C) == 0
+
+
+def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
+    for seed in range(2):
+        make(tmp_path / "outputs", seed, dataset="cifar10")
+        make(tmp_path / "outputs", seed, dataset="cifar10", schedule="adabatch")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    assert report.main([str(tmp_path / "outputs"), str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "32 → 32" in text
+    assert (tmp_path / "outputs/results.png").exists() and "rewritten" in capsys.readouterr().out
+    readme.write_text("nothing")
+    assert report.main([str(tmp_path / "outputs"), str(readme)]) == 2 and readme.read_text() == "nothing"
+
+
+def test_links_of_a_table_lead_to_the_records():
+    evidence = collect("outputs")
+    targets = re.findall(r"\]\((.*?)\)", report.arms_table(evidence, sorted(evidence.runs), "outputs/"))
+    assert targets and all(Path(target).is_file() for target in targets)
+
+
+def run_report(folder, tmp_path):
+    import papermill
+
+    parameters = dict(output_dir=str(folder.resolve()))
+    papermill.execute_notebook("nbs/report.ipynb", tmp_path / "report.ipynb", parameters, progress_bar=False)
+    return (tmp_path / "report.ipynb").read_text()
+
+
+def test_the_report_executes_on_nothing_and_names_what_is_damaged(tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = run_report(tmp_path / "empty", tmp_path)
+    assert "0 records: none" in text and "Nothing was run yet" in text and "image/png" not in text
+    make(tmp_path / "some")
+    make(tmp_path / "some", seed=1).write_bytes(b"torn")
+    text = run_report(tmp_path / "some", tmp_path)
+    assert "1 records: 1 on digits" in text and "left out: 1" in text and "fixed-16-seed1.npz: damaged" in text
+
+
+def test_the_report_executes_on_the_evidence(tmp_path):
+    evidence = collect("outputs")
+    text = run_report(Path("outputs"), tmp_path)
+    assert f"{sum(map(len, evidence.runs.values()))} records" in text and evidence.left_out == []
+    outputs = [o for cell in json.loads(text)["cells"] for o in cell.get("outputs", ())]
+    figures = [o for o in outputs if "image/png" in o.get("data", ())]
+    assert figures and all(o["metadata"]["image/png"]["alt"] for o in figures)
+
