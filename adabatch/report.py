@@ -53,11 +53,12 @@ def sources(evidence: Evidence, keys: list[Key], start: str = "") -> str:
 
 def _updates(evidence, key): return int(evidence[key][0].updates.sum())
 
-def _interval(interval): return f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "none"
+def _interval(interval): return f"{interval[0]:+.2f} to {interval[1]:+.2f}"
 
 def _difference(v):
-    "A difference with both of its intervals."
-    return f"{v.difference:+.2f} (pooled {_interval(v.pooled)}; paired {_interval(v.paired)})"
+    "A difference with those of its intervals that there are."
+    found = [f"{name} {_interval(i)}" for name, i in (("pooled", v.pooled), ("paired", v.paired)) if i]
+    return f"{v.difference:+.2f}" + (f" ({'; '.join(found)})" if found else "")
 
 def word(v: Verdict) -> str:
     "A verdict in bold; `clear` where it was decided before all pairs were there."
@@ -527,10 +528,10 @@ def _real_images(verdicts):
     "AlexNet on both CIFAR sets."
     ten, hundred = (verdicts.get((data, "alexnet")) for data in ("cifar10", "cifar100"))
     if not (ten and hundred): return None
-    text = (f"**AlexNet on real images ends where the small batch ends, as far as {ten.n} and {hundred.n} can say.** "
-            f"On CIFAR-10 AdaBatch's test error is {_points(ten)} the small batch's, on CIFAR-100 "
-            f"{_points(hundred)} it, after 7,520 updates instead of 19,500. *Within one point* waits for four pairs "
-            "each: not decided yet.")
+    text = ("**On real images AlexNet has ended where its small batch ends, so far**: AdaBatch's test error is "
+            f"{_points(ten)} the small batch's on CIFAR-10 ({ten.n} of runs) and {_points(hundred)} on CIFAR-100 "
+            f"({hundred.n}), after 7,520 updates instead of 19,500. *Within one point* takes four pairs each: it is not "
+            "decided yet.")
     fits = all(v.word == "not decided" and v.pairs < 4 and abs(v.difference) < 1 for v in (ten, hundred))
     return Finding(text, fits)
 
