@@ -530,8 +530,8 @@ def _real_images(verdicts):
     if not (ten and hundred): return None
     text = ("**On real images AlexNet has ended where its small batch ends, so far**: AdaBatch's test error is "
             f"{_points(ten)} the small batch's on CIFAR-10 ({ten.n} of runs) and {_points(hundred)} on CIFAR-100 "
-            f"({hundred.n}), after 7,520 updates instead of 19,500. *Within one point* takes four pairs each: it is not "
-            "decided yet.")
+            f"({hundred.n}), after 7,520 updates instead of 19,500. *Within one point* takes four pairs each: it "
+            "is not decided yet.")
     fits = all(v.word == "not decided" and v.pairs < 4 and abs(v.difference) < 1 for v in (ten, hundred))
     return Finding(text, fits)
 
