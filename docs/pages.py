@@ -59,6 +59,12 @@ def link_from(
         data["text/markdown"] = re.sub(r"\]\(([^)#:\s]+)\)", moved, text)
 
 
+def only_imports(source: str) -> bool:
+    "Imports are there for whoever runs the notebook; the site folds them."
+    try: return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in ast.parse(source).body)
+    except SyntaxError: return False  # a cell with magics
+
+
 def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
     "Write the notebooks, executed where `outputs/` has them executed. Returns the label of every code cell by its id."
     labels = {}
@@ -84,7 +90,8 @@ def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
             if hidden or not source.strip(): continue
             label = "-".join([*page.parent.parts[1:], page.stem, cell["id"]])
             if page.parent == Path("nbs"): labels[cell["id"]] = label
-            metadata = {"mystnb": {"image": {"alt": above}}} | ({"tags": ["hide-input"]} if executed else {})
+            folded = {"tags": ["hide-input"]} if executed or only_imports(source) else {}
+            metadata = {"mystnb": {"image": {"alt": above}}} | folded
             link_from(cell["outputs"], path.parent.relative_to(ROOT), page)
             cells += [markdown_cell(f"({label})="), {**cell, "metadata": metadata, "source": source}]
             if executed and any({"image/png", "text/markdown"} & set(o.get("data", ())) for o in cell["outputs"]):
