@@ -29,7 +29,7 @@ test: .venv/.test-ready  ## all notebooks and all tests
 	@# two at a time: many start several processes
 	python -m pytest -q -n 2 --dist worksteal tests
 
-show: setup  ## execute the notebooks, to show what they gave (NB=nbs/00_schedule.ipynb)
+show: .venv/.test-ready  ## execute the notebooks, to show what they gave (NB=nbs/00_schedule.ipynb)
 	python tests/show.py $(NB)
 	nbdev_clean
 
