@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'ENDINGS', 'AHEAD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR', 'CIFAR_SIZES', 'CIFAR_MEAN', 'CIFAR_STD',
-           'DATASETS', 'Epoch', 'draw_epoch', 'Images', 'class_folders', 'draw_crop', 'Batches', 'launch_variable',
-           'read_ahead', 'Folder', 'check_device', 'check_gpu_each', 'best_device', 'load_data']
+           'DATASETS', 'Epoch', 'draw_epoch', 'Images', 'class_folders', 'draw_crop', 'Batches', 'read_ahead', 'Folder',
+           'load_data']
 
 # %% ../nbs/04_data.ipynb #03cde696
 import atexit, contextlib, hashlib, math, os, random, shutil, signal, sys, tempfile
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .device import check_device, launch_variable
 from .files import Busy, atomic_write, lock
 from .loader import draw_order, draw_seeds
 
@@ -226,13 +227,6 @@ def _end_workers(loaders):
 # %% ../nbs/04_data.ipynb #c45b5a26
 AHEAD = 2  # pieces that a worker reads ahead
 
-def launch_variable(name: str, default: int) -> int:
-    "A number that torchrun sets in the environment, as WORLD_SIZE. ValueError if it is none or below `default`."
-    text = os.environ.get(name, str(default))
-    if text.isdecimal() and int(text) >= default: return int(text)
-    raise ValueError(f"the environment variable {name} must be a whole number from {default} on, not {text!r:.60}: "
-                     "unset it")
-
 def read_ahead(
     workers: int | None,  # that read images for one process; None: as many as suit this machine
     image_bytes: int,
@@ -407,26 +401,6 @@ def _fake(size=(5120, 1024)):
     from torchvision import datasets
     splits = [datasets.FakeData(n, (3, 32, 32), 10, random_offset=k) for k, n in enumerate(size)]
     return [tuple(map(np.stack, zip(*((np.asarray(x).transpose(2, 0, 1), int(y)) for x, y in s)))) for s in splits]
-
-# %% ../nbs/04_data.ipynb #6b72358f
-def check_device(device: str | torch.device) -> torch.device:
-    "The `torch.device`; ValueError if this machine has no such device."
-    try: found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r:.60}: choose cpu, cuda, cuda:<n> or mps") from None
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": (found.index or 0) < gpus}
-    if not there.get(found.type): raise ValueError(f"device {device} is not there: this machine has {best_device()}")
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
-
-def check_gpu_each(device: str, processes: int):
-    "ValueError if several processes are to train on one GPU."
-    if processes > 1 and device.startswith("cuda:"):
-        raise ValueError(f"device {device} is one GPU, for {processes} processes: give device cuda, one for each")
-
-def best_device() -> str:
-    "The fastest kind of device this machine has: cuda, mps or cpu."
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 # %% ../nbs/04_data.ipynb #5a4b261d
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "fake")

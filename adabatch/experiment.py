@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from .data import DATASETS, best_device, check_device, check_gpu_each, class_folders, launch_variable
+from .data import DATASETS, class_folders
+from .device import PRECISIONS, Interrupted, best_device, check_device, check_gpu_each, launch_variable
 from .models import model_name
 from .schedule import Schedule, adabatch, fixed, shown, whole_number
-from .trainer import PRECISIONS, Interrupted
 
 # %% ../nbs/08_experiment.ipynb #c7620502
 def _option(default, help): return field(default=default, metadata={"help": help})

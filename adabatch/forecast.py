@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from .data import Images, load_data
+from .device import allocator, device_settings, keep_freed_memory
 from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve, training_samples
 from .loader import Plan, unroll
 from .schedule import Schedule, fixed
 from .train import device_name, duration, make_trainer
-from .trainer import EpochSums, State, Trainer, allocator, device_settings, keep_freed_memory, prepare
+from .trainer import EpochSums, State, Trainer, prepare
 
 # %% ../nbs/13_forecast.ipynb #6ab7a5cb
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from . import record
-from .data import best_device, check_device, load_data
+from .data import load_data
+from .device import PRECISIONS, Interrupted, best_device, check_device, device_settings, synchronize
 from .experiment import (
     GRIDS, NETWORKS, Experiment, Run, add_options, choose, exit_code, overrides, recipe, resolve)
 from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
-from .trainer import PRECISIONS, Interrupted, Trainer, device_settings, prepare, synchronize
+from .trainer import Trainer, prepare
 
 # %% ../nbs/14_gpu.ipynb #e878fcf0
 Change = list[torch.Tensor]  # of each parameter over a training, float64 on the CPU

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from . import record
+from .device import Interrupted
 from .experiment import (
     GRIDS, TEXTS, Run, add_options, arguments, choose, exit_code, overrides, select, training_samples)
 from .files import Busy, load_checkpoint, lock
 from .train import (
     HERE, checkpoint_path, device_name, duration, existing, raise_interrupt, which_signal)
-from .trainer import Interrupted
 
 # %% ../nbs/10_sweep.ipynb #51a94d4b
 NOTEBOOK = HERE.parent / "nbs" / "run.ipynb"

@@ -16,14 +16,13 @@ import torch
 
 from . import record
 from .data import Folder, load_data
+from .device import Interrupted, World, allocator, device_settings, keep_freed_memory, process_group
 from .experiment import DIVISION, Experiment, Run, add_options, arguments, exit_code, recipe_table, resolve
 from .files import (
     Busy, atomic_write, checkpoint_files, load_checkpoint, load_weights, lock, remove_checkpoint, save_checkpoint)
 from .models import get_model
 from .record import Record, epoch_line
-from .trainer import (
-    Interrupted, Step, Trainer, World, allocator, cross_entropy, device_settings, evaluate, keep_freed_memory,
-    percent_outside_top5, percent_wrong, process_group)
+from .trainer import Step, Trainer, cross_entropy, evaluate, percent_outside_top5, percent_wrong
 
 # %% ../nbs/09_train.ipynb #f9baf3d4
 def existing(run: Run) -> Record | None:

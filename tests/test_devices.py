@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from conftest import small, start, together
 
-from adabatch import experiment, train, trainer as engine
+from adabatch import device as devices, experiment, train, trainer as engine
 from adabatch.data import load_data
+from adabatch.device import Interrupted, process_group
 from adabatch.experiment import Experiment, resolve
 from adabatch.schedule import adabatch, fixed
-from adabatch.trainer import Interrupted, Trainer, process_group
+from adabatch.trainer import Trainer
 
 
 def trainer(schedule, model=None, **settings):
@@ -42,7 +43,7 @@ def two_gpus(monkeypatch):
 )
 def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed):
     calls = []
-    monkeypatch.setattr(engine, "_rendezvous", dict)
+    monkeypatch.setattr(devices, "_rendezvous", dict)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.append("joined"))
     monkeypatch.setattr(dist, "destroy_process_group", lambda *a: calls.append("left"))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -259,8 +260,8 @@ def test_seeds_and_waiting_go_to_the_device(monkeypatch, kind):
     monkeypatch.setattr(module, "manual_seed", lambda seed: calls.append(seed))
     monkeypatch.setattr(module, "synchronize", lambda *where: calls.append(where))
     state = torch.get_rng_state()
-    engine.seed_device(7, device)
-    engine.synchronize(device)
+    devices.seed_device(7, device)
+    devices.synchronize(device)
     assert calls == [7, (device,) if kind == "cuda" else ()] and torch.equal(torch.get_rng_state(), state)
 
 

@@ -10,11 +10,11 @@ import pytest
 from conftest import papermill, start
 
 from adabatch import experiment, record, sweep, train
+from adabatch.device import Interrupted
 from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
 from adabatch.files import Busy, lock
 from adabatch.sweep import Sweep, state
 from adabatch.train import duration, main, run
-from adabatch.trainer import Interrupted
 
 SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu", save_weights=False)
 

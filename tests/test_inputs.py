@@ -9,13 +9,14 @@ import torch
 
 from adabatch import forecast, gpu, record, report, train
 from adabatch.data import Images, load_data, read_ahead
+from adabatch.device import process_group
 from adabatch.experiment import FIELDS, Experiment, from_notebook, resolve, select, training_samples
 from adabatch.files import load_weights
 from adabatch.loader import Plan
 from adabatch.models import get_model
 from adabatch.schedule import Schedule, Stage, adabatch
 from adabatch.train import evaluate_weights, main, run
-from adabatch.trainer import Trainer, process_group
+from adabatch.trainer import Trainer
 
 HUGE = 10**400
 NO_NUMBER = [math.nan, math.inf, -math.inf]

@@ -14,11 +14,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from adabatch import files, record, trainer as engine
 from adabatch.data import Images, load_data
-from adabatch.models import get_model
-from adabatch.schedule import adabatch, fixed
+from adabatch.device import Interrupted, check_device, process_group
 from adabatch.files import load_checkpoint, load_weights, save_checkpoint
 from adabatch.loader import micro_batches, shard, split
-from adabatch.trainer import Interrupted, Trainer, process_group
+from adabatch.models import get_model
+from adabatch.schedule import adabatch, fixed
+from adabatch.trainer import Trainer
 
 GROWING = adabatch(16, 64, lr=0.02, every=2, epochs=4)
 
@@ -271,7 +272,7 @@ def test_what_is_done_between_updates_is_in_no_phase():
 def test_a_device_without_a_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [engine.check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
+    assert [check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
 
 
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
@@ -483,9 +484,9 @@ def test_precisions_run():
 
 def test_devices_that_are_not_there():
     with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"):
-        engine.check_device("cuda:77")
+        check_device("cuda:77")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
-        engine.check_device("gpu")
+        check_device("gpu")
     with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"):
         trainer(fixed(2048, lr=0.1))
 
