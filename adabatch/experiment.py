@@ -264,17 +264,6 @@ def _several_devices(model):
             Experiment(model, "cifar100", lr_decay=0.5, **common),
             Experiment(model, "cifar100", "adabatch", 1024, 16384, lr_decay=0.5, warmup_epochs=5, **common)]
 
-def _cpu():
-    "AlexNet in full and why its large batch fails; more seeds; ResNet-20; more seeds again."
-    sets = "cifar100", "cifar10"
-    growing, small = {d: Experiment("alexnet", d) for d in sets}, {d: Experiment("alexnet", d, "fixed") for d in sets}
-    runs = [e for d in sets for e in (growing[d], small[d])]
-    runs += [Experiment("alexnet", d, "fixed", 4096) for d in sets]
-    runs += [Experiment("alexnet", d, "fixed", 4096, warmup_epochs=5) for d in sets]
-    runs += [replace(e, seed=seed) for d in sets for seed in (1, 2) for e in (growing[d], small[d])]
-    runs += [Experiment("resnet20", d, s) for d in sets for s in ("adabatch", "fixed")]
-    return runs + [replace(e, seed=seed) for d in sets for seed in (3, 4) for e in (growing[d], small[d])]
-
 _alexnet = partial(Experiment, "alexnet", "cifar10")
 CONTROLS = {  # what each changes -> the experiment and how many seeds; in order of information for the computing time
     "stopped early": (_alexnet("fixed", epochs=39, every=8), 4),
@@ -286,6 +275,14 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
     "late growth": (_alexnet(milestones="40,60,80"), 3),
 }
 
+def _cpu():
+    "What two CPU cores can give: the controls, four pairs of AlexNet, its large batch, ResNet-20 at a fifth."
+    both = "adabatch", "fixed"
+    pairs = [Experiment("alexnet", d, s, seed=seed) for d in ("cifar10", "cifar100") for seed in range(4) for s in both]
+    large = [Experiment("alexnet", d, "fixed", 4096) for d in ("cifar10", "cifar100")]
+    resnet = [Experiment("resnet20", "cifar10", s, epochs=20, every=4, seed=seed) for seed in range(4) for s in both]
+    return GRIDS["controls"] + pairs + large + resnet
+
 GRIDS = {
     "paper": [e for d in ("cifar10", "cifar100") for m in NETWORKS for e in three_arms(m, d)]  # one device
         + [Experiment(m, "cifar100", micro_batch=64) for m in NETWORKS]  # as the T4 reproduction grew its batch
@@ -293,9 +290,9 @@ GRIDS = {
         + [Experiment(m, "cifar100", "fixed", 2048, warmup_epochs=5) for m in ("vgg19bn", "resnet20")],
     "digits": [e for m in NETWORKS for e in three_arms(m, "digits")]
         + [Experiment(m, "digits", "fixed", 256, warmup_epochs=2) for m in NETWORKS],
-    "cpu": _cpu(),
     "controls": [replace(e, seed=seed) for e, seeds in CONTROLS.values() for seed in range(seeds)],
 }
+GRIDS["cpu"] = _cpu()
 
 def select(
     grid: str,  # one of `GRIDS`
