@@ -43,7 +43,7 @@ def vgg19bn(classes: int) -> nn.Module:
 
 # %% ../nbs/05_models.ipynb #0afaf078
 class _Block(nn.Module):
-    "Two 3x3 convolutions beside a shortcut."
+    "Two 3x3 convolutions with a shortcut."
     def __init__(self, inputs, outputs, stride):
         super().__init__()
         self.body = nn.Sequential(
@@ -77,7 +77,7 @@ MODELS = {"alexnet": alexnet, "resnet20": resnet20, "vgg19bn": vgg19bn,
           "alexnet_imagenet": _torchvision("alexnet"), "resnet50": _torchvision("resnet50")}
 
 def model_name(name: str) -> str:
-    "The name used everywhere for a network that may be spelt otherwise (`vgg19_bn`). ValueError if there is none."
+    "The canonical name of a network, ignoring case and underscores (`VGG19_BN`). ValueError if unknown."
     known = {n.replace("_", ""): n for n in MODELS}.get(str(name).lower().replace("_", ""))
     if known is None: raise ValueError(f"unknown model {name!r:.60}: choose from {', '.join(MODELS)}")
     return known
@@ -86,8 +86,8 @@ def get_model(
     name: str,  # one of `MODELS`
     num_classes: int = 10,
 ) -> nn.Module:
-    "A network by its name, initialised from PyTorch's random state. ValueError if there is none, or for no classes."
+    "A network by name, initialised from PyTorch's random state. ValueError for an unknown name or no classes."
     build = MODELS[model_name(name)]
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be a whole number of at least 1, not {num_classes!r:.60}")
+        raise ValueError(f"num_classes must be a positive integer, not {num_classes!r:.60}")
     return build(num_classes)

@@ -29,7 +29,7 @@ def kept_elsewhere(path):
 def execute(path):
     "The notebook, executed in its folder by a kernel of its own. Raises nbclient's error if a cell does."
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", coalesce_streams=True,
+    client = NotebookClient(notebook, timeout=1200, kernel_name="python3", coalesce_streams=True, record_timing=False,
                             resources={"metadata": {"path": str(path.parent)}})
     return client.execute(env=os.environ | STYLE)
 

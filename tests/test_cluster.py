@@ -186,7 +186,7 @@ def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
 
 def test_the_login_node_need_not_be_able_to_run_what_it_submits(tmp_path, monkeypatch):
     e = Experiment(precision="bf16", device="cuda:99", workers=8 * os.cpu_count() + 1, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="cuda:99 is not there"):
+    with pytest.raises(ValueError, match="cuda:99 is unavailable"):
         resolve(e)
     assert resolve(e, here=False).experiment.device == "cuda:99"
     with pytest.raises(ValueError, match="workers must be at most"):

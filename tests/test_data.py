@@ -74,7 +74,7 @@ def test_torchvisions_files(tiny, monkeypatch):
 @pytest.mark.parametrize(
     "harm, line",
     [
-        (lambda d: shutil.rmtree(d / "test"), "test is missing: half a data set"),
+        (lambda d: shutil.rmtree(d / "test"), "test is missing: the data set is incomplete"),
         (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
         (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
         (

@@ -58,7 +58,7 @@ def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed)
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch, two_gpus):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device cuda:1 is one GPU, for 2 processes"), process_group("cuda:1"):
+    with pytest.raises(ValueError, match="device cuda:1 is one GPU for 2 processes"), process_group("cuda:1"):
         pass
 
 

@@ -40,7 +40,11 @@ def settings(options):
         (dict(seed=-1), "seed must be finite and not negative"),
         (dict(micro_batch=0), "micro_batch must be at least 1"),
         (dict(processes=0), "processes must be at least 1"),
-        (dict(device="cuda:7"), "device cuda:7 is not there"),
+        (dict(device="cuda:7"), "device cuda:7 is unavailable"),
+        (dict(precision="fp8"), "unknown precision 'fp8'"),
+        (dict(momentum=1.5), "momentum must be below 1"),
+        (dict(schedule="fixed", growth=2.0), "a fixed schedule has no growth"),
+        (dict(model="resnet50"), "resnet50 does not fit digits: choose from alexnet, resnet20, vgg19bn"),
         (dict(dataset="cifar100", data_dir="nowhere"), "cifar100 is not in nowhere/ and could not be downloaded"),
     ],
 )
@@ -65,6 +69,8 @@ def test_wrong_types_and_unknown_names(capsys):
         assert "error: " in capsys.readouterr().err
     with pytest.raises(TypeError, match="epochs must be int or None, not 2.5"):
         resolve(Experiment(epochs=2.5))
+    with pytest.raises(TypeError, match="drop_last must be bool or None, not 1"):
+        resolve(Experiment(drop_last=1))
     with pytest.raises(ValueError, match="unknown parameter 'modle': did you mean 'model'"):
         from_notebook({"modle": 1}, ["# Parameters\nmodle = 1"])
     with pytest.raises(ValueError, match="unknown parameter 'modle'"):
@@ -123,7 +129,7 @@ def test_a_run_is_made_once(tmp_path, quick):
     assert record.differences(made, run(replace(e, momentum=0.5, overwrite=True))) != []
     assert record.differences(made, run(replace(e, overwrite=True))) == []  # the same seed, the same run
     path.write_bytes(b"torn")
-    with pytest.raises(ValueError, match="is damaged or no record.*delete it"):
+    with pytest.raises(ValueError, match="is damaged or not a record.*delete it"):
         run(e)
 
 
@@ -182,7 +188,7 @@ def test_a_run_cut_otherwise_that_is_still_being_made_is_not_carried_on_without_
     with lock(resolve(e).path):  # as the process that makes it holds it
         assert run(replace(e, micro_batch=7)).environment["restarts"] == 0
     out = capsys.readouterr().out
-    assert f"{resolve(e).path.with_suffix('.pt')} is not resumed: another process is making it" in out
+    assert f"{resolve(e).path.with_suffix('.pt')} is not resumed: another process is running it" in out
 
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
@@ -318,7 +324,7 @@ def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
         assert holder.is_alive()
         time.sleep(0.01)
     assert state(e) == "running"
-    with pytest.raises(Busy, match="is being made by another process"):
+    with pytest.raises(Busy, match="is being written by another process"):
         run(e)
     sweep = Sweep([e], "process")
     assert sweep.run() == [] and "left to the process that is making it" in capsys.readouterr().out
@@ -398,10 +404,10 @@ def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
         and "complete: test error" in output
         and not any(o.get("name") == "stderr" for c in cells for o in c.get("outputs", []))
     )
-    assert "is there already and is loaded" not in output
+    assert "record exists and is loaded" not in output
     assert (
         execute("-p", "max_batch_size", "32").returncode == 0
-        and "is there already and is loaded" in (tmp_path / "out.ipynb").read_text()
+        and "record exists and is loaded" in (tmp_path / "out.ipynb").read_text()
     )
 
 

@@ -121,7 +121,7 @@ def test_an_interrupt_is_answered_with_a_checkpoint_and_its_exit_code(tmp_path, 
     wait_for(checkpoint, child)
     child.send_signal(signum)
     output = child.communicate(timeout=60)[0]
-    assert child.returncode == 128 + signum and "the same command goes on" in output
+    assert child.returncode == 128 + signum and "run the same command to resume" in output
     end_within(tmp_path, 15)
     assert load_checkpoint(checkpoint) is not None
 
@@ -236,7 +236,7 @@ def test_a_disk_that_is_full_in_the_middle(small_disk, quick):
                     f.write(bytes(1 << 16))
                     f.flush()
 
-    with pytest.raises(OSError, match=r"\.pt could not be written .*; the last good checkpoint is still there") as full:
+    with pytest.raises(OSError, match=r"\.pt could not be written .*; the last good checkpoint is kept") as full:
         run(e, Fill())
     assert "\n" not in str(full.value)
     kept = load_checkpoint(train.checkpoint_path(resolve(e)))
@@ -298,7 +298,7 @@ def test_a_sweep_in_the_background_of_a_script_is_stopped_with_its_run(tmp_path)
     wait_for(checkpoint, child)
     child.send_signal(signal.SIGTERM)
     output = child.communicate(timeout=60)[0]
-    assert child.returncode == 128 + signal.SIGTERM and "the same command goes on" in output
+    assert child.returncode == 128 + signal.SIGTERM and "run the same command to resume" in output
     end_within(tmp_path, 15)
     wait_until_free(checkpoint.with_suffix(".npz"))  # the kernel has ended too
     assert load_checkpoint(checkpoint) is not None
@@ -378,11 +378,11 @@ def test_no_code_in_a_file_is_run_and_the_file_is_named(tmp_path, quick):
     trap = tmp_path / "trap"
     for write in (lambda p: torch.save({"weight": Runs(trap)}, p), lambda p: p.write_bytes(pickle.dumps(Runs(trap)))):
         write(weights_path(e))
-        with pytest.raises(ValueError, match="seed0.weights.pt is damaged, or holds no weights"):
+        with pytest.raises(ValueError, match="seed0.weights.pt is damaged or holds no weights"):
             evaluate_weights(e)
         e.path.unlink(missing_ok=True)
         write(train.checkpoint_path(e))
-        with pytest.raises(ValueError, match="seed0.pt: damaged; remove to begin this run anew"):
+        with pytest.raises(ValueError, match="seed0.pt: damaged: remove to start this run again"):
             run(e)
         train.checkpoint_path(e).unlink()
     arrays = {
@@ -393,7 +393,7 @@ def test_no_code_in_a_file_is_run_and_the_file_is_named(tmp_path, quick):
         e.path,
         **arrays | {"lr": np.array([Runs(trap)], object), "config": "{}", "environment": "{}", "status": "complete"},
     )
-    with pytest.raises(ValueError, match="seed0.npz is damaged or no record"):
+    with pytest.raises(ValueError, match="seed0.npz is damaged or not a record"):
         run(e)
     assert not trap.exists()
 
@@ -454,7 +454,7 @@ def test_a_record_with_one_byte_changed_is_refused_by_name_or_the_same(tmp_path)
             found = record.load(path)
         except ValueError as error:
             refused += 1
-            assert f"{path} is damaged or no record" in str(error) and "\n" not in str(error)
+            assert f"{path} is damaged or not a record" in str(error) and "\n" not in str(error)
             continue
         assert all(np.array_equal(found.arrays[n], a) for n, a in before.arrays.items())
         assert (found.config, found.environment, found.status) == (before.config, before.environment, before.status)

@@ -1,6 +1,7 @@
 """Images streamed from folders: whoever reads them and whatever is sent, the same batches; whatever is wrong, named."""
 
 import os
+import random
 import shutil
 import signal
 import struct
@@ -17,9 +18,10 @@ import torch
 from PIL import Image
 from conftest import papermill
 from test_crash import wait_for
+from torchvision.transforms import RandomResizedCrop
 
 from adabatch import data, record, train
-from adabatch.data import Folder, class_folders, load_data, read_ahead
+from adabatch.data import Folder, class_folders, draw_crop, load_data, read_ahead
 from adabatch.experiment import Experiment, resolve, training_samples
 from adabatch.files import load_checkpoint, lock
 from adabatch.loader import shard
@@ -38,7 +40,7 @@ def network(name, classes):
 
 
 def write_images(folder, train=4, val=2, size=(24, 60)):
-    "Class folders of noise: colour, grey and CMYK, of several sizes, one of them a PNG by another name."
+    "Class folders of noise: colour, grey and CMYK, several sizes, one of them a PNG by another name."
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
         for k in range(len(CLASSES) * count):
@@ -71,10 +73,10 @@ def test_order_and_classes_are_those_of_image_folder(folder):
     assert names == expected.classes and list(zip(paths, labels)) == expected.samples
 
 
-@pytest.mark.parametrize("workers, piece", [(0, 5), (1, 16), (3, 1), (3, 4)])
-def test_batches_depend_on_seed_and_epoch_alone(folder, workers, piece):
+@pytest.mark.parametrize("workers, chunk", [(0, 5), (1, 16), (3, 1), (3, 4)])
+def test_batches_depend_on_seed_and_epoch_alone(folder, workers, chunk):
     whole, other = Folder(folder, workers=0, size=32), Folder(folder, workers=workers, size=32)
-    other.train.piece = other.test.piece = piece
+    other.train.chunk = other.test.chunk = chunk
     before = None
     for number in (0, 1):
         epoch = whole.draw(7, number)
@@ -180,9 +182,9 @@ def header(width, height):
 
 
 UNREADABLE = {
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-400]), "is damaged, or no image (OSError): restore it"),
-    "text": (lambda p: p.write_text("no image"), "is damaged, or no image (UnidentifiedImageError): restore it"),
-    "empty": (lambda p: p.write_bytes(b""), "is damaged, or no image (UnidentifiedImageError): restore it"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-400]), "is damaged or no image (OSError): restore it"),
+    "text": (lambda p: p.write_text("no image"), "is damaged or no image (UnidentifiedImageError): restore it"),
+    "empty": (lambda p: p.write_bytes(b""), "is damaged or no image (UnidentifiedImageError): restore it"),
     "gone": (lambda p: p.unlink(), "cannot be read (No such file or directory): restore it"),
     "100 megapixels": (lambda p: p.write_bytes(header(10_000, 10_000)), "has more than 89,478,485 pixels"),
     "1,000 megapixels": (lambda p: p.write_bytes(header(40_000, 25_000)), "has more than 89,478,485 pixels"),
@@ -223,7 +225,7 @@ def test_a_damaged_image_ends_a_run_in_one_line_and_when_it_is_restored_the_run_
     damaged.write_bytes(good[: len(good) // 2])
     capfd.readouterr()
     assert main(broken) == 2
-    assert capfd.readouterr().err == f"error: {damaged} is damaged, or no image (OSError): restore it\n"
+    assert capfd.readouterr().err == f"error: {damaged} is damaged or no image (OSError): restore it\n"
     damaged.write_bytes(good)
     assert main(broken) == 0
     records = [record.load(next((tmp_path / name).rglob("*.npz"))) for name in ("whole", "broken")]
@@ -269,15 +271,15 @@ STRUCTURE = {
     "circle of folders": (circle, "is a folder in a class folder"),
     "dangling link": (
         lambda d: (d / "train/class1/x.jpg").symlink_to("nowhere.jpg"),
-        "train/class1/x.jpg is a link that leads nowhere",
+        "train/class1/x.jpg is a broken link",
     ),
     "circular link": (
         lambda d: (d / "val/class1/x.jpg").symlink_to("x.jpg"),
-        "val/class1/x.jpg is a link that leads nowhere",
+        "val/class1/x.jpg is a broken link",
     ),
     "dangling class": (
         lambda d: (d / "train/class9").symlink_to("nowhere"),
-        "train/class9 is a link that leads nowhere",
+        "train/class9 is a broken link",
     ),
 }
 
@@ -329,9 +331,9 @@ def test_links_to_images_and_to_class_folders_are_followed(folder, tmp_path):
 def test_what_is_read_ahead_fits_half_of_the_shared_memory(monkeypatch, mib, processes, workers, expected):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(mib << 20, 0, mib << 20))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    found, piece = read_ahead(workers, 3 * 224 * 224)
-    assert (found, piece) == expected
-    assert processes * max(1, found) * data.AHEAD * piece * 3 * 224 * 224 <= mib << 19
+    found, chunk = read_ahead(workers, 3 * 224 * 224)
+    assert (found, chunk) == expected
+    assert processes * max(1, found) * data.AHEAD * chunk * 3 * 224 * 224 <= mib << 19
 
 
 def test_more_workers_than_the_shared_memory_holds(monkeypatch):
@@ -451,3 +453,19 @@ def test_a_run_that_was_killed_can_be_taken_up_at_once(folder, tmp_path):
         except ValueError:
             assert time.monotonic() < deadline, "the workers hold the lock of the run that was killed"
             time.sleep(0.05)
+
+
+def test_crops_are_those_of_torchvision_for_the_same_random_numbers(monkeypatch):
+    "It asks for area, ratio and place in the same order, from PyTorch's global generator."
+    rng = random.Random()
+
+    def uniform(self, low, high):
+        return self.fill_(rng.uniform(float(low), float(high)))
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", uniform)
+    monkeypatch.setattr(torch, "randint", lambda low, high, size: torch.tensor(low + int(rng.random() * (high - low))))
+    for seed in range(300):
+        image = Image.new("L", [(500, 375), (60, 400), (300, 20), (1, 1)][seed % 4])
+        rng.seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(image, (0.08, 1), (3 / 4, 4 / 3))
+        assert draw_crop(*image.size, random.Random(seed)) == (left, top, left + width, top + height)

@@ -244,8 +244,8 @@ def zero_rates():
 PARTS = {
     "a precision in other letters": (lambda: trainer(precision="BF16"), "unknown precision 'BF16': choose from fp32"),
     "no precision": (lambda: trainer(precision=None), "unknown precision None"),
-    "half a micro-batch": (lambda: trainer(micro_batch=2.5), "micro_batch must be a whole number"),
-    "a micro-batch in words": (lambda: trainer(micro_batch="4"), "micro_batch must be a whole number"),
+    "half a micro-batch": (lambda: trainer(micro_batch=2.5), "micro_batch must be an integer"),
+    "a micro-batch in words": (lambda: trainer(micro_batch="4"), "micro_batch must be an integer"),
     "a mean loss": (lambda: trainer(loss=torch.nn.CrossEntropyLoss()), "must be summed over the samples"),
     "another model's optimizer": (
         lambda: trainer(optimizer=torch.optim.SGD(model().parameters(), lr=0.1)),
@@ -284,7 +284,7 @@ def test_a_launcher_variable_that_is_no_number(refused, monkeypatch, name, value
         with process_group("cpu"):
             pass
 
-    assert f"the environment variable {name} must be a whole number" in refused(call, ValueError)
+    assert f"the environment variable {name} must be an integer" in refused(call, ValueError)
 
 
 def test_a_number_of_processes_without_torchrun(refused, monkeypatch):

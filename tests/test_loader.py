@@ -266,7 +266,7 @@ def test_the_loop_in_the_readme_runs():
     "make, error, line",
     [
         (lambda: Plan("adabatch", 100), TypeError, "schedule must be a Schedule, not a str"),
-        (lambda: Plan(AT_5, Indices()), TypeError, "samples must be a whole number"),
+        (lambda: Plan(AT_5, Indices()), TypeError, "samples must be an integer"),
         (lambda: Plan(AT_5, 0), ValueError, "samples must be at least 1"),
         (lambda: Plan(AT_5, 31), ValueError, "batch size 32 is larger than the training set of 31 samples"),
         (lambda: Plan(AT_5, 100, seed=-1), ValueError, "seed must be at least 0"),
@@ -274,10 +274,10 @@ def test_the_loop_in_the_readme_runs():
         (lambda: Plan(AT_5, 100, rank=2, world_size=2), ValueError, "rank must be at most 1, not 2"),
         (lambda: Plan(AT_5, 100, world_size=0), ValueError, "world_size must be at least 1"),
         (lambda: Plan(AT_5, 100).at(-1), ValueError, "update must be at least 0"),
-        (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be a whole number"),
+        (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be an integer"),
         (lambda: Plan(AT_5, 100).lr(10**9), ValueError, "update must be at most 11"),
         (lambda: setattr(Plan(AT_5, 100), "start", 13), ValueError, "start must be at most 12, not 13"),
-        (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be a whole number, not None"),
+        (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be an integer, not None"),
     ],
 )
 def test_bad_numbers(make, error, line):

@@ -43,3 +43,5 @@ def test_spellings():
     assert model_name("VGG19_BN") == "vgg19bn" and model_name("resnet20") == "resnet20"
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
         get_model("vgg")
+    with pytest.raises(ValueError, match="num_classes must be a positive integer, not 0"):
+        get_model("alexnet", 0)

@@ -77,7 +77,7 @@ def test_a_torn_file_is_refused_by_name(tmp_path, harm):
     path = tmp_path / "run.npz"
     save(path)
     path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(ValueError, match="run.npz is damaged or no record .*delete it"):
+    with pytest.raises(ValueError, match="run.npz is damaged or not a record .*delete it"):
         record.load(path)
 
 
@@ -90,13 +90,13 @@ def test_no_altered_byte_is_read_as_another_number(tmp_path):
         try:
             assert record.differences(record.load(path), before) == []  # a date in the zip's directory, say
         except ValueError as error:
-            refused += "run.npz is damaged or no record" in str(error)
+            refused += "run.npz is damaged or not a record" in str(error)
     assert refused > 100
 
 
 def test_other_npz_files_are_no_records(tmp_path):
     np.savez(tmp_path / "other.npz", test_error=np.zeros(3))
-    with pytest.raises(ValueError, match="damaged or no record"):
+    with pytest.raises(ValueError, match="damaged or not a record"):
         record.load(tmp_path / "other.npz")
     with pytest.raises(FileNotFoundError, match="absent.npz is not there"):
         record.load(tmp_path / "absent.npz")
@@ -161,5 +161,5 @@ def test_a_record_whose_values_are_of_another_kind_is_refused(tmp_path, changes)
     with np.load(path) as f:
         values = {n: f[n] for n in f.files}
     np.savez(path, **values | changes)
-    with pytest.raises(ValueError, match="run.npz is damaged or no record"):
+    with pytest.raises(ValueError, match="run.npz is damaged or not a record"):
         record.load(path)

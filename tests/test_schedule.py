@@ -51,8 +51,8 @@ def test_warmup_ends_at_the_scaled_rate():
         (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
         (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
         (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
-        (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be a whole number, not True"),
-        (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be a whole number"),
+        (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be an integer, not True"),
+        (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be an integer"),
         (lambda: fixed(4, lr="0.1"), TypeError, "lr must be a number"),
         (
             lambda: fixed(4, lr=0.1, warmup_epochs=30, base_batch_size=4),
@@ -80,10 +80,10 @@ two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
 @pytest.mark.parametrize(
     "ask, error, line",
     [
-        (lambda: two.at(2.5), TypeError, "epoch must be a whole number, not 2.5"),
-        (lambda: two.at("1"), TypeError, "epoch must be a whole number, not '1'"),
-        (lambda: two.at(True), TypeError, "epoch must be a whole number"),
-        (lambda: two.at(np.arange(3)), TypeError, "epoch must be a whole number"),
+        (lambda: two.at(2.5), TypeError, "epoch must be an integer, not 2.5"),
+        (lambda: two.at("1"), TypeError, "epoch must be an integer, not '1'"),
+        (lambda: two.at(True), TypeError, "epoch must be an integer"),
+        (lambda: two.at(np.arange(3)), TypeError, "epoch must be an integer"),
         (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
         (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
         (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
@@ -92,7 +92,7 @@ two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
         (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
         (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
         (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
-        (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be a whole number"),
+        (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be an integer"),
         (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
         (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
         (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
@@ -116,6 +116,9 @@ two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
         (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
         (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
         (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
+        (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule="cubic"), TypeError, "must be a number, not 'cubic'"),
+        (lambda: fixed(2048, lr=0.1, warmup_epochs=5), ValueError, "give base_batch_size"),
+        (lambda: fixed(-(10**5000), lr=0.1), ValueError, "not a number with thousands of digits"),
     ],
 )
 def test_one_line_says_what_is_wrong(ask, error, line):
@@ -180,14 +183,14 @@ def test_pytorchs_schedulers(name, rule, power):
 
 
 def test_a_scheduler_without_a_curve():
-    with pytest.raises(TypeError, match="ReduceLROnPlateau depends on the training: it has no curve"):
+    with pytest.raises(TypeError, match="ReduceLROnPlateau depends on the course of training, so it has no curve"):
         from_lr_schedule(lr_scheduler.ReduceLROnPlateau(optimizer(0.1)), 16, 32, 10)
     with pytest.raises(TypeError, match="unsupported operand"):  # a defect of the caller's is not hidden
         from_lr_schedule(lr_scheduler.LambdaLR(optimizer(0.1), lambda k: 1 / (k and "2" or 1)), 16, 32, 10)
     stepped = lr_scheduler.StepLR(optimizer(0.1), 3)
     stepped.optimizer.step()
     stepped.step()
-    with pytest.raises(ValueError, match="stepped already"):
+    with pytest.raises(ValueError, match="already been stepped"):
         from_lr_schedule(stepped, 16, 32, 10)
 
 

@@ -305,9 +305,9 @@ def test_a_damaged_checkpoint(tmp_path, harm, capsys):
         save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
     path.write_bytes(harm(path.read_bytes()))
     assert load_checkpoint(path)["step"] == 1
-    assert "run.pt is damaged and is passed over" in capsys.readouterr().err
+    assert "run.pt is damaged and skipped" in capsys.readouterr().err
     previous.unlink()
-    with pytest.raises(ValueError, match="run.pt: damaged; remove to begin this run anew"):
+    with pytest.raises(ValueError, match="run.pt: damaged: remove to start this run again"):
         load_checkpoint(path)
 
 
@@ -483,7 +483,7 @@ def test_precisions_run():
 
 
 def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="device cuda:77 is not there: this machine has"):
+    with pytest.raises(ValueError, match="device cuda:77 is unavailable: this machine has"):
         check_device("cuda:77")
     with pytest.raises(ValueError, match="unknown device 'gpu'"):
         check_device("gpu")
