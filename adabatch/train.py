@@ -146,7 +146,7 @@ class Progress(Silent):
 
     def on_update(self, epoch, update, updates):
         if not self.started and (epoch or update > 1):
-            self._print(f"resumed in epoch {epoch + 1}, from update {update} of {updates}")
+            print(f"resumed in epoch {epoch + 1}, from update {update} of {updates}", flush=True)
         self.started = True
         if time.monotonic() - self.drawn < 0.5: return
         self.drawn = time.monotonic()

@@ -1,10 +1,10 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import papermill, start
@@ -199,11 +199,7 @@ def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
     assert train.commit() == "unknown"
 
 
-def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_epoch(
-    tmp_path, quick, capsys, monkeypatch
-):
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have brought it: no notebook here
-
+def test_a_run_stopped_after_the_last_update_of_an_epoch_goes_on_and_shows_that_epoch(tmp_path, quick, capsys):
     class Stop(train.Progress):
         def on_update(self, epoch, update, updates):
             if (epoch, update) == (1, updates):
@@ -284,7 +280,6 @@ def test_no_run_stands_twice_in_a_grid(seeds):
 def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # another test may have brought it: no notebook here
     progress = train.Progress(resolve(Experiment(device="cpu")))
     row = dict(batch_size=16, lr=0.02, train_loss=1, test_error=50, train_seconds=3000, test_seconds=600)
     for update in range(1, 91):
@@ -294,10 +289,27 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     for update in range(1, 91):
         progress.on_update(9, update, 90)
     progress.on_epoch(9, row)
-    lines = capsys.readouterr().out.splitlines()
+    resumed, *lines = capsys.readouterr().out.splitlines()
+    assert resumed == "resumed in epoch 2, from update 1 of 90"
     minutes = [line.split()[-1] for line in lines[:3]]
     assert minutes == ["30/90", "60/90", "90/90"] and len(lines) == 5
     assert lines[3].endswith("3600.0 s  about 8:00:00 left") and lines[4].endswith("3600.0 s")
+
+
+def test_a_notebook_redraws_one_picture_also_when_resumed(tmp_path, quick, capsys, monkeypatch):
+    shown, updated = [], []
+
+    def display(figure, display_id):
+        shown.append(figure)
+        return SimpleNamespace(update=updated.append)
+
+    monkeypatch.setattr("IPython.display.display", display)
+    e = resolve(Experiment(output_dir=str(tmp_path), **SHORT | dict(epochs=4)))
+    interrupted(e, (2, 5))
+    run(e, train.LivePlot(e))
+    assert capsys.readouterr().out == "resumed in epoch 3, from update 6 of 44\n"
+    drawn = [[len(ax.lines[0].get_xdata()) for ax in figure.axes[:2]] for figure in shown + updated]
+    assert len(shown) == 1 and drawn == [[2, 2], [3, 3], [4, 4]]
 
 
 def test_help_names_the_values_of_the_recipes(capsys):
