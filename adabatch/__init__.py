@@ -1,19 +1,24 @@
-"""AdaBatch: batch sizes that grow during training. What is named here is imported when it is first used."""
+"""AdaBatch: batch sizes that grow during training."""
 __version__ = "0.1.0"
 
-_MODULES = {
-    "schedule": ("Schedule", "Stage", "adabatch", "fixed", "from_lr_schedule"),  # these need no PyTorch
-    "loader": ("Plan",),
-    "trainer": ("Trainer",),
-    "record": ("load",),
-}
+from typing import TYPE_CHECKING
+
+from .schedule import Schedule, Stage, adabatch, fixed, from_batch_sizes, from_lr_schedule
+
+if TYPE_CHECKING:
+    from .loader import Plan
+    from .record import load
+    from .trainer import Trainer
+
+__all__ = ["Plan", "Schedule", "Stage", "Trainer", "adabatch", "fixed", "from_batch_sizes", "from_lr_schedule", "load"]
+
+_LATER = {"Plan": "loader", "Trainer": "trainer", "load": "record"}  # imported when first used: PyTorch takes seconds
 
 
 def __getattr__(name):
+    if name not in _LATER: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
-    for module, names in _MODULES.items():
-        if name in names: return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LATER[name]}", __name__), name)
 
 
-def __dir__(): return [*globals(), *(name for names in _MODULES.values() for name in names)]
+def __dir__(): return sorted({*globals(), *__all__})

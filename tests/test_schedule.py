@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from adabatch.schedule import Curve, Schedule, Stage, adabatch, fixed, from_lr_schedule
+from adabatch.loader import Plan
+from adabatch.schedule import Curve, Schedule, Stage, adabatch, fixed, from_batch_sizes, from_lr_schedule
 
 
 def test_both_sides_of_every_milestone():
@@ -224,3 +225,46 @@ def test_a_curve_that_rises_again_shrinks_no_batch():
     assert sizes == [8, 8, 32, 128, 128, 128, 128, 128, 128, 128]
     assert schedule.lr(5) / 128 == pytest.approx(0.19 / 8)
     assert isinstance(schedule.curve, Curve)
+
+
+def test_a_function_of_the_epoch_for_the_batch_size():
+    cosine = from_batch_sizes(lambda e: 1024 - 960 * (1 + math.cos(math.pi * e / 30)) / 2, epochs=31, lr=0.1)
+    assert [cosine.at(e).batch_size for e in (0, 1, 15, 30)] == [64, 67, 544, 1024]
+    steps = from_batch_sizes(lambda e: 64 * 2 ** (e // 10), epochs=30, lr=lambda e: 0.1 * 0.5 ** (e >= 15))
+    assert [(s.start, s.batch_size, s.lr) for s in steps.stages] == [
+        (0, 64, 0.1),
+        (10, 128, 0.1),
+        (15, 128, 0.05),
+        (20, 256, 0.05),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((64, 10, 0.1), "batch_size must be a function of the epoch, not 64"),
+        ((lambda e: 0.2, 10, 0.1), "batch_size must be at least 1, not 0"),
+        ((lambda e: None, 10, 0.1), "the batch size must be a number, not None"),
+        ((lambda e: 64, 10**6, 0.1), "epochs must be at most 10000"),
+        ((lambda e: 64, 10, lambda e: 0.3 - 0.1 * e), "the learning rate at 3 epochs must be positive"),
+    ],
+)
+def test_functions_of_the_epoch_that_make_no_schedule(arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        from_batch_sizes(*arguments)
+
+
+def test_a_largest_batch_that_does_not_fit_is_answered_with_those_that_do():
+    with pytest.raises(ValueError, match="the nearest are 192 and 384"):
+        adabatch(3, 256, lr=0.1)
+
+
+def test_schedules_and_plans_show_what_they_are():
+    assert repr(adabatch(16, 32, lr=0.1, every=1, epochs=2)) == (
+        "<Schedule of 2 epochs: 16 at lr 0.1 from 0, 32 at lr 0.075 from 1>"
+    )
+    many = fixed(16, lr=0.1, lr_decay=0.9, every=1, epochs=50)
+    assert len(repr(many)) < 250 and "44 more" in repr(many) and "from 49" in repr(many)
+    plan = Plan(adabatch(16, 32, lr=0.1, every=1, epochs=2), samples=100)
+    plan.start = 7
+    assert repr(plan) == "<Plan: 7 of 9 updates done, 2 epochs of 100 samples: 6 of 16, 3 of 32>"
