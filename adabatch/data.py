@@ -392,7 +392,7 @@ def _cached(folder, classes):
 def _digits():
     try: from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError("the data set digits comes with scikit-learn, which is not installed") from None
+        raise ValueError('digits needs scikit-learn: pip install "adabatch[digits]", or give dataset fake') from None
     images, labels = load_digits(return_X_y=True)
     images = np.kron(images.reshape(-1, 1, 8, 8) * (255 / 16), np.ones((1, 3, 4, 4))).round().astype(np.uint8)
     return [(images[s], labels[s]) for s in (slice(1437), slice(1437, None))]

@@ -103,6 +103,8 @@ class Interrupted(Exception):
         super().__init__(message)
         self.signum = signum
 
+    def _render_traceback_(self): return [str(self)]  # IPython's hook: a notebook shows one line, not a traceback
+
 @contextlib.contextmanager
 def process_group(
     device: str,  # "cpu", "cuda", "cuda:1", "mps"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'TEXTS', 'WHERE', 'DIVISION', 'RECIPES', 'SCHEDULES', 'NETWORKS', 'CONTROLS', 'GRIDS', 'Experiment',
            'recipe', 'Run', 'choose', 'make_schedule', 'resolve', 'training_samples', 'three_arms', 'select',
-           'recipe_table', 'add_options', 'overrides', 'arguments', 'exit_code', 'from_notebook']
+           'recipe_table', 'add_options', 'parse', 'overrides', 'arguments', 'exit_code', 'from_notebook']
 
 # %% ../nbs/08_experiment.ipynb #032339d9
 import argparse, ast, dataclasses, difflib, dis, math, os, sys, types
@@ -305,10 +305,20 @@ def select(
     "The runs of a grid: the first seed of every arm, then the second. One-line TypeError or ValueError."
     choose("grid", grid, tuple(GRIDS))
     seeds = whole_number("seeds", seeds, most=1000)
-    arms = [e for e in GRIDS[grid] if dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)]
-    if not arms: raise ValueError(f"no arm of the grid {grid} is of model {model} and dataset {dataset}")
+    def fits(e): return dataset in (None, e.dataset) and (model is None or model_name(model) == e.model)
+    arms = list(filter(fits, GRIDS[grid]))
+    if not arms:
+        wanted, others = " on ".join(filter(None, (model, dataset))), [g for g in GRIDS if any(map(fits, GRIDS[g]))]
+        found = f"--grid {' or '.join(others)} has" if others else "no other has, either"
+        raise ValueError(f"the grid {grid} has no arm of {wanted}: {found}")
     seeded = [replace(e, seed=e.seed + k, resume="own", **settings) for k in range(seeds) for e in arms]
-    return list(dict.fromkeys(resolve(e, here) for e in seeded))  # some grids name further seeds themselves
+    return list(dict.fromkeys(_resolve_arm(e, grid, here) for e in seeded))  # some grids name further seeds themselves
+
+def _resolve_arm(e, grid, here):
+    "`resolve`, whose error names the arm."
+    try: return resolve(e, here)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{e.schedule} of {e.model} on {e.dataset}, grid {grid}: {error}") from None
 
 # %% ../nbs/08_experiment.ipynb #7a0ce711
 def _boolean(text):
@@ -334,6 +344,13 @@ def add_options(parser: argparse.ArgumentParser, leave_out: tuple = ()):
         default = "" if f.default is None else f" (default: {f.default})"
         described = dict(metavar=kind.__name__, help=f.metadata["help"] + default)
         parser.add_argument(f"--{name}", default=f.default, **described, **more)
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
+    "The options, by name. One that does not exist ends the command, with the nearest that does."
+    options, unknown = parser.parse_known_args(argv)
+    if not unknown: return vars(options)
+    close = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in vars(options)], 1)
+    parser.error(f"unknown option {unknown[0]}" + (f": did you mean {close[0]}?" if close else ""))
 
 def overrides(options: dict, leave_out: tuple = ()) -> dict:
     "The options added by `add_options` that differ from their defaults."

@@ -15,7 +15,7 @@ import torch
 
 from .data import Images, load_data
 from .device import allocator, device_settings, keep_freed_memory
-from .experiment import FIELDS, Experiment, Run, add_options, exit_code, resolve, training_samples
+from .experiment import FIELDS, Experiment, Run, add_options, exit_code, parse, resolve, training_samples
 from .loader import Plan, unroll
 from .schedule import Schedule, fixed
 from .train import device_name, duration, make_trainer
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         "which batch size, and predict the time of the fixed and of the growing schedule.")
     parser.add_argument("--seconds", type=float, default=60, help="to spend on measuring, roughly (default: 60)")
     add_options(parser, tuple(name for name in FIELDS if name not in OPTIONS))
-    options = vars(parser.parse_args(argv))
+    options = parse(parser, argv)
     seconds = options.pop("seconds")
     keep_freed_memory()
     return exit_code(lambda: _command(Experiment(**options), seconds))

@@ -21,7 +21,7 @@ from . import record
 from .data import load_data
 from .device import PRECISIONS, Interrupted, best_device, check_device, device_settings, synchronize
 from .experiment import (
-    GRIDS, NETWORKS, Experiment, Run, add_options, choose, exit_code, overrides, recipe, resolve)
+    GRIDS, NETWORKS, Experiment, Run, add_options, choose, exit_code, overrides, parse, recipe, resolve)
 from .files import atomic_write
 from .train import commit, device_name, environment, existing, make_trainer, train
 from .trainer import Trainer, prepare
@@ -406,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="only check the GPU, and list the runs that fit")
     parser.add_argument("--rehearse", action="store_true", help="in miniature, on random images, on any device")
     add_options(parser, _LEFT_OUT)
-    options = vars(parser.parse_args(argv))
+    options = parse(parser, argv)
     return exit_code(lambda: _run(options, overrides(options, _LEFT_OUT)))
 
 def _run(options, settings):

@@ -160,7 +160,11 @@ def _load_state_dict(plan: "Plan", state: dict[str, int]):
 # %% ../nbs/01_loader.ipynb #2fdcf54b
 class Plan:
     """A training unrolled: every update, looked up by number; a batch sampler for a `torch.utils.data.DataLoader` over
-    any map-style data set. TypeError, ValueError on bad numbers or too large a batch."""
+    any map-style data set. TypeError, ValueError on bad numbers or too large a batch.
+
+    `schedule` says which batch size and learning rate when; `samples` is the size of the training set, and `seed` that
+    of the order of its samples. `drop_last` leaves out the samples of an epoch that do not fill a batch, as the paper
+    does. Where several processes train together, `rank` and `world_size` give this one its shard of every batch."""
     batch_size = None  # it varies: a fixed number would make Accelerate drop samples
     by_epoch, lr_scheduler, load_state_dict = _by_epoch, _lr_scheduler, _load_state_dict
     def __init__(self,
@@ -191,10 +195,13 @@ class Plan:
     def updates_of(self, epoch: int) -> range:
         "The updates of an epoch. ValueError if there is no such epoch."
         return _updates_of(self.segments, whole_number("epoch", epoch, least=0, most=self.schedule.epochs - 1))
+    def order(self, epoch: int) -> torch.Tensor:
+        "The samples of an epoch in the order of their use. Override it to draw them in another way."
+        return draw_order(self.samples, self.seed, epoch)
     def indices(self, update: int) -> list[int]:
         "This process's samples of an update; one sample where its shard is empty."
         now = self.at(update)
-        if self._order[0] != now.epoch: self._order = now.epoch, draw_order(self.samples, self.seed, now.epoch)
+        if self._order[0] != now.epoch: self._order = now.epoch, self.order(now.epoch)
         start, stop = now.shard if now.weight else (now.batch[0], now.batch[0] + 1)
         return self._order[1][start:stop].tolist()
 
@@ -208,6 +215,11 @@ class Plan:
         if not self._epoch_alone or self.start == self.updates: return self.updates
         return self.updates_of(self.at(self.start).epoch).stop
     def __len__(self) -> int: return self._stop() - self.start
+    def __repr__(self):
+        parts = [f"{s.epochs * s.updates} of {s.stage.batch_size}" for s in self.segments]
+        if len(parts) > 7: parts[3:-3] = [f"... {len(parts) - 6} segments more ..."]
+        done = f"{self.start} of {self.updates} updates done" if self.start else f"{self.updates} updates"
+        return f"<Plan: {done}, {self.schedule.epochs} epochs of {self.samples} samples: {', '.join(parts)}>"
     def __iter__(self) -> Iterator[list[int]]:
         for update in range(self.start, self._stop()):
             indices, self._next = self.indices(update), update + 1

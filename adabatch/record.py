@@ -76,11 +76,12 @@ def epoch_line(
     epoch: int,  # counted from 0
     epochs: int,
     row: dict,  # the epoch's numbers, from `Trainer.fit`
+    end: str = "",  # of the line, instead of the seconds of the epoch
 ) -> str:
-    "The line a run prints after an epoch."
-    return (f"epoch {epoch + 1:3d}/{epochs}  batch {row['batch_size']:5.0f}  lr {row['lr']:.5f}  "
-            f"train loss {row['train_loss']:7.4f}  test error {row['test_error']:6.2f} %  "
-            f"{row['train_seconds'] + row['test_seconds']:7.1f} s")
+    "The line a run prints after an epoch, in 79 characters: training loss, test error and so on."
+    end = end or f"{row['train_seconds'] + row['test_seconds']:.1f} s"
+    return (f"epoch {epoch + 1:3d}/{epochs}  batch {row['batch_size']:4.0f}  lr {row['lr']:.5f}  "
+            f"loss {row['train_loss']:.3f}  error {row['test_error']:5.2f} %  {end}")
 
 # %% ../nbs/07_record.ipynb #d9624dab
 def save(

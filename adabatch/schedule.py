@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MOST_STAGES', 'RULES', 'Stage', 'shown', 'whole_number', 'real_number', 'positive_number', 'Curve',
-           'Schedule', 'fixed', 'adabatch', 'from_lr_schedule']
+           'Schedule', 'fixed', 'adabatch', 'from_lr_schedule', 'from_batch_sizes']
 
 # %% ../nbs/00_schedule.ipynb #256735b4
 import copy, inspect, math, operator, warnings
@@ -105,11 +105,13 @@ class Curve:
         return value * (batch_size / self.batch_size) ** self.power
 
 # %% ../nbs/00_schedule.ipynb #530dd853
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Schedule:
     """Batch size and learning rate of every update. A value: no state, pure look-ups.
 
-    TypeError or ValueError if the stages do not form a schedule."""
+    `stages` are in the order of their milestones, the first at 0, and `epochs` is the length of the training. Over
+    `warmup_epochs` the learning rate rises from `warmup_lr` to the stage's; a `curve`, if there is one, sets it in
+    place of the stages. TypeError or ValueError if the stages do not form a schedule."""
     stages: tuple[Stage, ...]  # in the order of their milestones, the first at 0
     epochs: int  # length of the training
     warmup_epochs: int = 0  # epochs over which the learning rate rises linearly from `warmup_lr` to the stage's
@@ -125,6 +127,12 @@ class Schedule:
         object.__setattr__(self, "epochs", whole_number("epochs", self.epochs))
         object.__setattr__(self, "warmup_epochs", whole_number("warmup_epochs", self.warmup_epochs, least=0))
         object.__setattr__(self, "warmup_lr", warmup_lr)
+
+    def __repr__(self):
+        parts = [f"{s.batch_size} at lr {s.lr:g} from {s.start:g}" for s in self.stages]
+        if len(parts) > 7: parts[3:-3] = [f"... {len(parts) - 6} more ..."]
+        warmup = f" after {self.warmup_epochs} of warm-up from lr {self.warmup_lr:g}" if self.warmup_epochs else ""
+        return f"<Schedule of {self.epochs} epochs{warmup}: {', '.join(parts)}>"
 
     @property
     def base_lr(self) -> float:
@@ -200,7 +208,10 @@ def fixed(
     base_batch_size: int | None = None,  # batch size that `lr` was chosen for; needed by a warm-up
     milestones: Sequence[float] | None = None,  # epochs, instead of `every`; those after the last are never reached
 ) -> Schedule:
-    "The paper's baseline: one batch size, a learning rate that decays in steps. ValueError, TypeError on bad numbers."
+    """The paper's baseline: one batch size, a learning rate that decays in steps. ValueError, TypeError on bad numbers.
+
+    The learning rate begins at `lr` and is multiplied by `lr_decay` every `every` epochs, or at `milestones`. Over
+    `warmup_epochs` it first rises from `lr` to `lr * batch_size / base_batch_size`, and decays from there."""
     size, lr = whole_number("batch_size", batch_size), positive_number("lr", lr)
     decay, epochs = positive_number("lr_decay", lr_decay), whole_number("epochs", epochs)
     starts = _starts(every, milestones, epochs)
@@ -219,9 +230,10 @@ def _growth(batch_size, max_batch_size, growth):
         raise ValueError(f"growth ({factor}) is too close to 1: {size} to {top} takes more than {MOST_STAGES:,} steps")
     if not factor.is_integer(): return size, top, factor
     growth = int(factor)
-    if size * growth ** round(math.log(top / size, growth)) != top:
-        raise ValueError(f"max_batch_size ({top}) is not batch_size ({size}) times a power of growth ({growth})")
-    return size, top, growth
+    if size * growth ** round(math.log(top / size, growth)) == top: return size, top, growth
+    below = size * growth ** int(math.log(top / size, growth))
+    raise ValueError(f"max_batch_size ({top}) is not batch_size ({size}) times a power of growth ({growth}): "
+                     f"the nearest are {below} and {below * growth}")
 
 def _grown(size, growth, steps, top):
     "The batch size after `steps` of growth: `size * growth**steps`, rounded to an integer, at most `top`."
@@ -242,6 +254,10 @@ def adabatch(
     milestones: Sequence[float] | None = None,  # epochs, instead of `every`; those after the last are never reached
 ) -> Schedule:
     """The paper's method: the batch grows at every milestone. ValueError, TypeError on bad numbers.
+
+    Every `every` epochs, or at `milestones`, the batch is multiplied by `growth`, from `batch_size` samples per update
+    up to `max_batch_size`, and the learning rate, which begins at `lr`, by `lr_decay`. Over `warmup_epochs` it first
+    rises from `lr` to `lr * batch_size / base_batch_size`.
 
     The effective learning rate (lr / batch size) falls by `lr_decay / growth` at all milestones: where the batch grows
     by less than `growth`, because it is rounded or has reached `max_batch_size`, the learning rate falls by more."""
@@ -320,7 +336,12 @@ def from_lr_schedule(
     growth: float = 2,  # the batch grows by this factor whenever the curve has fallen by it
     steps: int | None = None,  # scheduler steps in the entire training; None: one per epoch
 ) -> Schedule:
-    "A schedule with a growing batch and the effective rate of a curve. ValueError, TypeError on bad input."
+    """A schedule with a growing batch and the effective rate of a curve. ValueError, TypeError on bad input.
+
+    `curve` is a function from progress (0 to 1) to the learning rate that is right for `batch_size`, or a PyTorch
+    scheduler with an optimizer of its own, read for `steps` steps. Wherever it has fallen by `growth`, the batch is
+    multiplied by that, up to `max_batch_size`. `rule` says what is kept: the learning rate divided by the batch size
+    ("linear"), by its root ("sqrt"), or by a power of it from 0 to 1."""
     size, top, growth = _growth(batch_size, max_batch_size, growth)
     epochs, points = whole_number("epochs", epochs), None
     power = real_number("rule", RULES.get(rule, rule) if isinstance(rule, str) and rule in RULES else rule)
@@ -338,3 +359,17 @@ def from_lr_schedule(
         if grown == stages[-1].batch_size: continue
         stages.append(Stage(float(Fraction(k * epochs, points)), grown, curve.lr(k / points, grown)))
     return Schedule(tuple(stages), epochs, curve=curve)
+
+# %% ../nbs/00_schedule.ipynb #c6d2e8f3
+def from_batch_sizes(
+    batch_size: Callable[[int], float],  # of an epoch, counted from 0; rounded to whole samples
+    epochs: int,  # length of the training
+    lr: float | Callable[[int], float],  # the learning rate, or a function of the epoch
+) -> Schedule:
+    "A schedule of functions of the epoch, such as `lambda epoch: 64 + 8 * epoch`. ValueError, TypeError on bad input."
+    epochs = whole_number("epochs", epochs, most=MOST_STAGES)
+    if not callable(batch_size): raise TypeError(f"batch_size must be a function of the epoch, not {shown(batch_size)}")
+    sizes = [round(real_number("the batch size", batch_size(epoch))) for epoch in range(epochs)]
+    stages = [Stage(k, size, lr(k) if callable(lr) else lr) for k, size in enumerate(sizes)]
+    changed = [b for a, b in zip(stages, stages[1:]) if (a.batch_size, a.lr) != (b.batch_size, b.lr)]
+    return Schedule((stages[0], *changed), epochs)

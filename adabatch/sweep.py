@@ -18,7 +18,7 @@ import torch
 from . import record
 from .device import Interrupted
 from .experiment import (
-    GRIDS, TEXTS, Run, add_options, arguments, choose, exit_code, overrides, select, training_samples)
+    GRIDS, TEXTS, Run, add_options, arguments, choose, exit_code, overrides, parse, select, training_samples)
 from .files import Busy, load_checkpoint, lock
 from .train import (
     HERE, checkpoint_path, device_name, duration, existing, raise_interrupt, which_signal)
@@ -47,8 +47,9 @@ def command(run: Run, executor: str) -> list[str]:
     "The command that makes a run: `adabatch.train`, or papermill with `run.ipynb`."
     options = arguments(run.experiment)
     if executor != "papermill": return [sys.executable, "-m", "adabatch.train", *options]
-    named = [(name[2:], value) for name, value in zip(options[::2], options[1::2])]
-    parameters = [part for name, value in named for part in ("-r" if name in TEXTS else "-p", name, value)]
+    named = {name[2:]: value for name, value in zip(options[::2], options[1::2])}
+    named["output_dir"] = run.experiment.output_dir  # the notebook's own default is another
+    parameters = [part for name, value in named.items() for part in ("-r" if name in TEXTS else "-p", name, value)]
     output = str(run.path.with_suffix(".partial.ipynb"))
     return [sys.executable, "-m", "papermill", os.path.relpath(NOTEBOOK), output, "--no-progress-bar", *parameters]
 
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=4, help="time limit of a job (slurm; default: 4)")
     parser.add_argument("--dry_run", action="store_true", help="only show the runs and their states")
     add_options(parser.add_argument_group("for every arm"), _LEFT_OUT)
-    options = vars(parser.parse_args(argv))
+    options = parse(parser, argv)
     return exit_code(lambda: _command(options))
 
 def _command(options):

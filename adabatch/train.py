@@ -17,9 +17,11 @@ import torch
 from . import record
 from .data import Folder, load_data
 from .device import Interrupted, World, allocator, device_settings, keep_freed_memory, process_group
-from .experiment import DIVISION, Experiment, Run, add_options, arguments, exit_code, recipe_table, resolve
+from .experiment import (
+    DIVISION, Experiment, Run, add_options, arguments, exit_code, parse, recipe_table, resolve, training_samples)
 from .files import (
     Busy, atomic_write, checkpoint_files, load_checkpoint, load_weights, lock, remove_checkpoint, save_checkpoint)
+from .loader import Plan
 from .models import get_model
 from .record import Record, epoch_line
 from .trainer import Step, Trainer, cross_entropy, evaluate, percent_outside_top5, percent_wrong
@@ -167,7 +169,7 @@ class Progress(Silent):
 
     def line(self, epoch, row):
         left = (row["train_seconds"] + row["test_seconds"]) * (self.schedule.epochs - epoch - 1)  # at this epoch's pace
-        return epoch_line(epoch, self.schedule.epochs, row) + (f"  about {duration(left)} left" if left else "")
+        return epoch_line(epoch, self.schedule.epochs, row, f"{duration(left)} left" if left else "")
 
 # %% ../nbs/09_train.ipynb #6a9e3d50
 class LivePlot(Progress):
@@ -357,9 +359,16 @@ def evaluate_weights(run: Run) -> dict[str, float]:
     return dict(zip(["test_loss", "test_error", *others], values))
 
 # %% ../nbs/09_train.ipynb #56cc4c9b
-def _command(e, evaluate_only):
+def _dry_run(r):
+    "Show what would run."
+    plan = Plan(r.schedule, training_samples(r.experiment), drop_last=r.experiment.drop_last)
+    there = "exists" if existing(r) else "to be resumed" if checkpoint_files(checkpoint_path(r)) else "to do"
+    print(f"{r.describe()}\n{plan}\n{r.path.as_posix()}: {there}")
+
+def _command(e, evaluate_only, dry_run):
     "Make the run, or test its weights, and print the result."
     r = resolve(e)
+    if dry_run: return _dry_run(r)
     if evaluate_only:
         found = evaluate_weights(r)
         top5 = f" (top-5 {found['test_error_top5']:.2f} %)" if "test_error_top5" in found else ""
@@ -380,11 +389,12 @@ def main(argv: list[str] | None = None) -> int:
         epilog=recipe_table(), formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--evaluate", action="store_true", help="only test the weights of a finished run")
-    options = vars(parser.parse_args(argv))
-    evaluate_only = options.pop("evaluate")
+    parser.add_argument("--dry_run", action="store_true", help="only show what would run")
+    options = parse(parser, argv)
+    evaluate_only, dry_run = options.pop("evaluate"), options.pop("dry_run")
     if LAUNCHED.items() <= os.environ.items(): end_with_launcher()
     keep_freed_memory()
-    return exit_code(lambda: _command(Experiment(**options), evaluate_only))
+    return exit_code(lambda: _command(Experiment(**options), evaluate_only, dry_run))
 
 # %% ../nbs/09_train.ipynb #e019103e
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

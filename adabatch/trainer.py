@@ -115,7 +115,8 @@ class Step:
     def _compiled(self):
         "One graph per shape, with room for all stages: beyond the limit nothing more is compiled."
         torch.compiler.reset()  # graphs of an earlier training count against the limit
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        limits = torch._dynamo.config
+        limits.cache_size_limit = max(64, limits.cache_size_limit)  # of recompilations: its name since PyTorch 2.0
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         return torch.compile(self.loss_and_metric, dynamic=False, mode=mode)
 

@@ -166,6 +166,19 @@ def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quic
         run(replace(e, seed=1, momentum=0.5))
 
 
+def test_a_resumed_run_says_what_is_done(tmp_path, quick, capsys):
+    e = Experiment(output_dir=str(tmp_path), **SHORT)
+    interrupted(e)
+    run(e, train.Progress(resolve(e)))
+    assert "resumed in epoch 2, from update 6 of " in capsys.readouterr().out
+
+
+def test_a_notebook_shows_an_interrupt_in_one_line(capsys):
+    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    result = shell.run_cell("from adabatch.device import Interrupted\nraise Interrupted('stopped', 2)")
+    assert result.error_in_exec and capsys.readouterr().out == "stopped\n"
+
+
 def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path, quick, capsys):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
     interrupted(replace(e, checkpoint_minutes=0))
@@ -293,7 +306,42 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     assert resumed == "resumed in epoch 2, from update 1 of 90"
     minutes = [line.split()[-1] for line in lines[:3]]
     assert minutes == ["30/90", "60/90", "90/90"] and len(lines) == 5
-    assert lines[3].endswith("3600.0 s  about 8:00:00 left") and lines[4].endswith("3600.0 s")
+    assert lines[3].endswith("50.00 %  8:00:00 left") and lines[4].endswith("50.00 %  3600.0 s")
+
+
+def test_the_line_of_an_epoch_fits_a_terminal():
+    row = dict(batch_size=16384, lr=0.00316, train_loss=2.3019, test_error=80.28, train_seconds=0, test_seconds=0)
+    assert len(record.epoch_line(99, 100, row, "8:00:00 left")) == 79
+
+
+def test_an_unknown_option_is_answered_with_the_nearest(capsys):
+    for command, option, advice in (
+        (main, ["--bach_size", "3"], "unknown option --bach_size: did you mean --batch_size?"),
+        (main, ["--dry-run"], "unknown option --dry-run: did you mean --dry_run?"),
+        (sweep.main, ["--sedes=3"], "unknown option --sedes=3: did you mean --seeds?"),
+        (main, ["alexnet"], "unknown option alexnet\n"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(option)
+        assert advice in capsys.readouterr().err
+
+
+def test_a_dry_run_of_one_experiment(tmp_path, quick, capsys):
+    options = [f"--{n}={v}" for n, v in SHORT.items()] + [f"--output_dir={tmp_path}"]
+    assert main([*options, "--dry_run"]) == 0 and not list(tmp_path.rglob("*.npz"))
+    out = capsys.readouterr().out
+    assert "<Plan: " in out and out.endswith("seed0.npz: to do\n")
+    assert main(options) == 0 and main([*options, "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("seed0.npz: exists\n")
+
+
+def test_a_sweep_that_cannot_be_names_the_arm_or_the_grid_that_has_it():
+    with pytest.raises(ValueError, match="the grid paper has no arm of digits: --grid digits has"):
+        select("paper", dataset="digits")
+    with pytest.raises(ValueError, match="the grid digits has no arm of resnet50 on fake: no other has, either"):
+        select("digits", dataset="fake", model="resnet50")
+    with pytest.raises(ValueError, match="adabatch of vgg19bn on digits, grid digits: .* the nearest are 192 and 384"):
+        select("digits", batch_size=3, device="cpu")
 
 
 def test_a_notebook_redraws_one_picture_also_when_resumed(tmp_path, quick, capsys, monkeypatch):
