@@ -231,7 +231,7 @@ def read_ahead(
     workers: int | None,  # reading images for one process; None: by the number of cores
     image_bytes: int,
 ) -> tuple[int, int]:  # workers, and images in a chunk
-    "How to read, so that half of the shared memory holds what is read ahead. ValueError if it is too small for that."
+    "Workers and chunk size for which everything read ahead fits into half of the shared memory. ValueError if none do."
     processes = launch_variable("LOCAL_WORLD_SIZE", 1)  # of this training on this machine
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 2**30
@@ -263,7 +263,7 @@ class _Reader:
             yield images, labels
 
     def _copy(self, chunk, images, labels):
-        "Put a chunk into its place in a batch: at once, so that it leaves the shared memory."
+        "Copy a chunk into its place in a batch, immediately, to release the shared memory."
         if isinstance(chunk, ValueError): raise chunk
         pinned = self.device.type == "cuda"  # only then is an asynchronous copy safe
         images.copy_(chunk[0], non_blocking=pinned)

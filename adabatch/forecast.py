@@ -167,8 +167,8 @@ def advice(measurement: Measurement, batch_norm: bool) -> list[str]:
     if enough == largest: lines = [f"batch size: the rate rises up to {largest}, the largest measured; growth pays"]
     else: lines = [f"batch size: {enough} is within {HARDLY:.0%} of the highest rate; growth beyond it saves little"]
     size = faster_micro_batch(measurement)
-    if size is None: return [*lines, f"micro-batch: none, a batch of {largest} is as fast whole"]
-    gain = f"{measurement.rates[size] / measurement.rates[largest]:.2f} times the rate of {largest} whole"
+    if size is None: return [*lines, f"micro-batch: none, a batch of {largest} is as fast undivided"]
+    gain = f"{measurement.rates[size] / measurement.rates[largest]:.2f} times the rate of {largest} undivided"
     if not batch_norm: return [*lines, f"micro-batch: {size}, the same updates at {gain}, or more"]
     return [*lines, f"micro-batch: {size} would give {gain}, but with batch normalisation it is another experiment"]
 

@@ -176,7 +176,7 @@ class Plan:
         world_size: int = 1,  # number of processes that share each batch
     ):
         self.segments = unroll(schedule, samples, drop_last)
-        self.updates = sum(s.epochs * s.updates for s in self.segments)  # in the whole training
+        self.updates = sum(s.epochs * s.updates for s in self.segments)  # in the entire training
         self.schedule, self.samples, self.drop_last = schedule, whole_number("samples", samples), drop_last
         self.seed = whole_number("seed", seed, least=0, most=2**64 - 1)
         self.world_size = whole_number("world_size", world_size)

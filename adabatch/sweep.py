@@ -28,7 +28,7 @@ NOTEBOOK = HERE.parent / "nbs" / "run.ipynb"
 EXECUTORS = "papermill", "process", "slurm"
 
 def state(run: Run) -> str:
-    "complete, diverged, running, interrupted in an epoch, to do, or what is wrong with its record."
+    "complete, diverged, running, interrupted in an epoch, to do, or the error in its record."
     try:
         if found := existing(run): return found.status
         if not run.path.parent.is_dir(): return "to do"
@@ -85,7 +85,7 @@ def table(runs: list[Run], executor: str, note: Callable) -> str:
 
 # %% ../nbs/10_sweep.ipynb #107f0324
 class Sweep:
-    "Makes the records of runs, each in a process of its own."
+    "Makes the records of runs, each in its own process."
     def __init__(self,
         runs: list[Run],
         executor: str = "papermill",  # papermill: with executed notebooks, or process

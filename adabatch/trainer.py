@@ -486,7 +486,7 @@ class Trainer(EpochLoop):
         before, now = saved.get("samples", self.plan.samples), self.plan.samples
         if before != now:
             raise ValueError(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
-                             "written: restore it, or remove the checkpoint to begin anew")
+                             "written: restore it, or remove the checkpoint to start again")
         plan = self._plan()
         if saved.get("plan", plan) != plan:
             raise ValueError("the checkpoint is of another schedule or seed: delete it or use another path")
