@@ -385,7 +385,7 @@ def _cached(folder, classes):
     try:
         with contextlib.suppress(Busy), lock(cache), atomic_write(cache) as f: np.savez(f, key=key, **arrays)
     except OSError as error:
-        print(f"note: {cache} could not be written ({error}); the images will be decoded again", file=sys.stderr)
+        print(f"note: {error}; the images will be decoded again", file=sys.stderr)
     return splits
 
 # %% ../nbs/04_data.ipynb #21117420

@@ -8,7 +8,7 @@ __all__ = ['FIELDS', 'TEXTS', 'WHERE', 'DIVISION', 'RECIPES', 'SCHEDULES', 'NETW
            'recipe_table', 'add_options', 'parse', 'overrides', 'arguments', 'exit_code', 'from_notebook']
 
 # %% ../nbs/08_experiment.ipynb #032339d9
-import argparse, ast, dataclasses, difflib, dis, math, os, sys, types
+import argparse, ast, dataclasses, difflib, dis, math, os, sys, types, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -145,7 +145,9 @@ class Run:
         for name, value in dataclasses.asdict(self.experiment).items():
             mark = f"   (recipe: {usual[name]})" if name in usual and usual[name] != value else ""
             rows.append(f"  {name:18s} {'-' if value is None else value}{mark}")
-        return "\n".join(rows)
+        stages = [f"{s.batch_size} (epoch {s.start}, lr {s.lr:g})" for s in self.schedule.stages]
+        if len(stages) > 10: stages[5:-4] = ["..."]
+        return "\n".join([*rows, f"  {'stages':18s} {', '.join(stages)}"])
 
 # %% ../nbs/08_experiment.ipynb #213fe567
 def _check_text(name, value):
@@ -236,7 +238,9 @@ def resolve(
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
     if here: _check_here(e)
-    run = Run(e, make_schedule(e))
+    schedule = make_schedule(e)
+    if e.max_batch_size: e = replace(e, max_batch_size=schedule.stages[-1].batch_size)  # named by what it reaches
+    run = Run(e, schedule)
     if len(run.path.stem) <= 255 - len(".weights.pt.partial"): return run  # its longest suffix
     raise ValueError(f"the settings make a file name of {len(run.path.name)} characters: give fewer milestones")
 
@@ -272,7 +276,7 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
     "growth with full decay": (_alexnet(lr_decay=0.375), 2),
     "scaled rate": (_alexnet("fixed", 4096, warmup_epochs=5), 2),
     "fourfold growth": (_alexnet(growth=4, lr_decay=1.5), 3),
-    "late growth": (_alexnet(milestones="40,60,80"), 3),
+    "late growth": (_alexnet(max_batch_size=2048, milestones="40,60,80"), 3),
 }
 
 def _cpu():
@@ -375,7 +379,13 @@ def _refused(error):
 def exit_code(command: Callable) -> int:
     "The exit code of `command()`: 2 after a one-line error, 128 + signal after an interruption."
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
-    try: return command() or 0
+
+    def show(message, *args, **kwargs):
+        if rank == "0": print(f"warning: {message}", file=sys.stderr, flush=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            return command() or 0
     except Interrupted as stop:
         if rank == "0": print(stop, flush=True)
         return 128 + stop.signum

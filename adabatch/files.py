@@ -20,18 +20,22 @@ def atomic_write(
     path: str | Path,
     previous: str | Path | None = None,  # where to keep the old file
 ):
-    "Yields a binary file that becomes `path` at the end, or leaves no trace after an error."
+    "Yields a binary file that becomes `path` at the end, or leaves no trace after an error; an OSError names `path`."
     partial = Path(f"{path}.partial")
     try:
         with open(partial, "wb") as f:
-            yield f
+            try: yield f
+            except RuntimeError:  # torch's own, if the disk is full: flushing raises the system's
+                f.flush()
+                raise
             f.flush()
             os.fsync(f.fileno())
         if previous and os.path.exists(path): os.replace(path, previous)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError): partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError): raise
+        raise OSError(f"{path} could not be written ({error.strerror or error})") from error
 
 # %% ../nbs/02_files.ipynb #6238f3cb
 def _digest(value, sha):
@@ -63,14 +67,15 @@ def save_checkpoint(
     try:
         with atomic_write(path, _previous(path)) as f:
             torch.save(state | {"digest": _digest(state, hashlib.sha256())}, f)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except OSError as error:
         kept = "the last good checkpoint is kept" if checkpoint_files(path) else "there is no checkpoint"
-        raise OSError(f"{path} could not be written ({reason}); {kept}") from error
+        raise OSError(f"{error}; {kept}") from error
 
 # %% ../nbs/02_files.ipynb #007c619d
 def check_readable(path: str | Path):
     "FileNotFoundError if it does not exist, OSError if the system cannot read it, which does not mean damage."
+    if any(ord(c) < 32 for c in str(path)): raise FileNotFoundError(f"{str(path)!r} is not there")
+    if Path(path).is_fifo(): raise OSError(f"{path} cannot be read (it is a pipe)")  # reading would wait for a writer
     try:
         with open(path, "rb"): pass
     except FileNotFoundError: raise FileNotFoundError(f"{path} is not there") from None

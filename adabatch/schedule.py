@@ -240,6 +240,15 @@ def _grown(size, growth, steps, top):
     if steps * math.log(growth) > math.log(top / size) + 1: return top
     return min(round(size * growth**steps), top)
 
+def _warn_of_shortfall(reached, size, top, growth, epochs, milestones):
+    "Warn if the batch never reaches `top`, and say what would reach it."
+    if reached == top: return
+    needed = math.ceil(math.log(top / size) / math.log(growth) - 1e-9)
+    advice = f"every={(epochs - 1) // needed}" if epochs > needed else f"more than {needed} epochs"
+    if milestones is not None: advice = f"{needed} milestones before epoch {epochs}"
+    warnings.warn(f"the batch ends at {reached}, not at max_batch_size {top}: give {advice}, or "
+                  f"max_batch_size={reached} if that is meant", stacklevel=3)
+
 # %% ../nbs/00_schedule.ipynb #4952e5eb
 def adabatch(
     batch_size: int,  # samples per update at the start
@@ -266,6 +275,7 @@ def adabatch(
     starts = _starts(every, milestones, epochs)
     first = every if milestones is None else min(starts[1:], default=epochs)
     sizes = [_grown(size, growth, k, top) for k in range(len(starts))]
+    _warn_of_shortfall(sizes[-1], size, top, growth, epochs, milestones)
     decays = [decay if b == a * growth else decay / growth * (b / a) for a, b in zip(sizes, sizes[1:])]
     return _schedule(starts, sizes, decays, lr, epochs, warmup_epochs, base_batch_size, first)
 
@@ -288,6 +298,11 @@ def _values(scheduler, steps):
     try: inspect.signature(scheduler.step).bind()
     except TypeError:  # ReduceLROnPlateau's takes a metric
         raise TypeError(f"{type(scheduler).__name__} depends on the course of training, so it has no curve") from None
+    for name in ("total_steps", "T_max"):
+        if abs(getattr(scheduler, name, steps) - steps) <= 1: continue
+        kind, told = type(scheduler).__name__, getattr(scheduler, name)
+        raise ValueError(f"{kind} has {name}={told}, but is read for {steps} steps: give steps={told}, or one with "
+                         f"{name}={steps}")
     groups, values = scheduler.optimizer.param_groups, []
     state = copy.deepcopy(scheduler.state_dict())
     settings = [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in groups]
@@ -358,6 +373,9 @@ def from_lr_schedule(
         grown = _grown(size, growth, n, top)
         if grown == stages[-1].batch_size: continue
         stages.append(Stage(float(Fraction(k * epochs, points)), grown, curve.lr(k / points, grown)))
+    if len(stages) == 1 < top / size:
+        warnings.warn(f"the batch never grows: the curve does not fall by {growth:g} as progress goes from 0 to 1 "
+                      "(it is no function of the epoch; a scheduler stepped each update needs steps=...)", stacklevel=2)
     return Schedule(tuple(stages), epochs, curve=curve)
 
 # %% ../nbs/00_schedule.ipynb #c6d2e8f3

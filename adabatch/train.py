@@ -78,6 +78,8 @@ def claim(run: Run, world: World) -> Iterator[Record | None]:
 
     def take():
         stack.enter_context(lock(run.path))
+        for path in (checkpoint_path(run), weights_path(run)):
+            if path.is_dir(): raise OSError(f"{path} is a folder, where a file is to be written: remove it")
         if look(): raise Busy(f"{run.path} has just been written by another process")
         _adopt(run)
     with contextlib.ExitStack() as stack:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS', 'PhaseClock', 'EpochSums', 'cross_entropy',
-           'percent_wrong', 'percent_outside_top5', 'out_of_memory', 'Step', 'evaluate', 'try_size', 'settle_buckets',
-           'deferred_signals', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
+           'percent_wrong', 'percent_outside_top5', 'out_of_memory', 'Step', 'eval_mode', 'evaluate', 'try_size',
+           'settle_buckets', 'check_loss', 'deferred_signals', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop',
+           'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/06_trainer.ipynb #85b5762a
-import contextlib, copy, json, math, signal, time
+import contextlib, copy, inspect, json, math, signal, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
-from .schedule import Schedule, whole_number
+from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/06_trainer.ipynb #b40a3f23
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -138,6 +139,7 @@ class Step:
 
     def update(self, samples: int, count: int, weight: float, batches: Iterator, sums: EpochSums, clock: PhaseClock):
         "One update: the next `count` of `batches` are this process's part of a global batch of `samples`."
+        if not self.model.training: self.model.train()  # it arrived so, or a test left it so
         for i in range(1, count + 1):
             x, y = next(batches)
             clock.mark("data")
@@ -152,6 +154,15 @@ class Step:
         clock.mark("optimizer")
 
 # %% ../nbs/06_trainer.ipynb #f7ef101f
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    "The model in eval mode; afterwards each of its modules is in its own mode again."
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try: yield
+    finally:
+        for module, training in modes.items(): module.training = training
+
 @torch.no_grad()
 def evaluate(
     step: Step,
@@ -163,11 +174,10 @@ def evaluate(
     totals = torch.zeros(2 + len(others), dtype=dtype, device=step.device)
     if world.size > 1:
         for b in step.model.buffers(): dist.broadcast(b, 0)
-    step.model.eval()
     part = shard((0, data.test_size), world.rank, world.size)
-    for x, y in data.test_batches(micro_batches(part, TEST_BATCH)):
-        for total, value in zip(totals, step.measures(step.model, x, y, step.metric, *others)): total.add_(value)
-    step.model.train()
+    with eval_mode(step.model):
+        for x, y in data.test_batches(micro_batches(part, TEST_BATCH)):
+            for total, value in zip(totals, step.measures(step.model, x, y, step.metric, *others)): total.add_(value)
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
@@ -186,10 +196,19 @@ def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
 
 def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
     "Bring the gradient buckets of `DistributedDataParallel` into their final order."
-    step.net.eval()  # running statistics stay as they are
-    step.loss_and_metric(step.net, x, y)[0].backward()
-    step.net.train()
+    with eval_mode(step.net): step.loss_and_metric(step.net, x, y)[0].backward()  # running statistics stay as they are
     step.optimizer.zero_grad()
+
+def check_loss(step: Step, sample: Callable):
+    "TypeError, ValueError unless the loss can be differentiated and is summed over the samples. Leaves no trace."
+    if step.loss is cross_entropy: return
+    devices = [step.device] if step.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), eval_mode(step.model):
+        one, two = (step.measures(step.model, *sample(count))[0] for count in (1, 2))
+    if not isinstance(one, torch.Tensor) or one.ndim or not one.requires_grad:
+        raise TypeError(f"the loss must be one number, as a tensor to differentiate, not {shown(one)}")
+    if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
+        raise ValueError("the loss must be summed over the samples: two copies of a sample must give twice the loss")
 
 # %% ../nbs/06_trainer.ipynb #03c3a97d
 @contextlib.contextmanager
@@ -248,6 +267,7 @@ class Checkpoints:
         "The checkpoint, on all ranks, if any. ValueError if it belongs to another experiment."
         state = self.world.on_rank_0(lambda: load_checkpoint(self.path)) if self.path else None
         if state is None: return None
+        if "identity" not in state: raise ValueError(f"{self.path} is of another version of adabatch: delete it")
         theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
         differ = ", ".join(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
         if not differ: return state
@@ -327,15 +347,24 @@ class MicroBatch:
         return [(update.batch[0], update.batch[0] + 1)], 0.0
 
 # %% ../nbs/06_trainer.ipynb #6f77a4a4
+def _reduction(loss):
+    "How a loss says that it reduces the samples' losses; None if it does not say."
+    if hasattr(loss, "reduction"): return loss.reduction
+    try: parameter = inspect.signature(loss).parameters.get("reduction")
+    except (TypeError, ValueError): return None
+    return parameter and parameter.default
+
 def _check_parts(model, optimizer, loss, precision, micro_batch):
     "One-line TypeError or ValueError for parts that would train nothing, or something else than planned."
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
     if micro_batch is not None: whole_number("micro_batch", micro_batch)
-    if getattr(loss, "reduction", "sum") != "sum":
-        raise ValueError(f"the loss must be summed over the samples: give it reduction='sum', not {loss.reduction!r}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
+    if (reduction := _reduction(loss)) not in (None, "sum"):
+        raise ValueError(f"the loss must be summed over the samples: give it reduction='sum', not {reduction!r}")
+    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(f"optimizer must be one of torch.optim, but not LBFGS, not {type(optimizer).__name__}")
+    if any(p.is_meta or torch.nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("the model has lazy or meta parameters: give them values first, by a forward pass or to_empty")
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(p.requires_grad and id(p) in optimized for p in model.parameters()):
         raise ValueError("the optimizer has none of the model's parameters: build it with model.parameters()")
@@ -405,6 +434,9 @@ class EpochLoop:
 def prepare(loop: EpochLoop):
     "Find the micro-batches of all stages, and compile their graphs if asked, before training."
     begin, state = time.perf_counter(), loop.state
+    if not torch.is_grad_enabled(): raise ValueError("training needs gradients: call fit outside of torch.no_grad()")
+    check_loss(loop.step, loop.micro_batch.sample)
+    if not loop.model.training: loop.model.train()  # as in an update
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
     for segment in loop.plan.segments:
         size, state.oom_limit = loop.micro_batch.find(segment.stage.batch_size, state.oom_limit)
@@ -495,7 +527,9 @@ class Trainer(EpochLoop):
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError):  # of several lines
             raise ValueError("the checkpoint is of another model or optimizer: delete it or use a new path") from None
-        self.state.load(saved, self.world)
+        try: self.state.load(saved, self.world)
+        except KeyError:
+            raise ValueError("the checkpoint is of another version of adabatch: delete it or use a new path") from None
 
     def _plan(self):
         "The updates a checkpoint belongs to, as JSON."

@@ -122,6 +122,7 @@ def test_stateful_data_loader(workers, by_epoch):
     for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
         plan = Plan(AT_5, 100)
         first = stateful(Indices(), batch_sampler=plan, num_workers=workers)
+        plan.lr_scheduler(groups(0.1))
         got = []
         for _ in plan.by_epoch() if by_epoch else [0]:
             if len(got) == received:
@@ -135,6 +136,7 @@ def test_stateful_data_loader(workers, by_epoch):
         state = first.state_dict()
         assert got == whole[:received] and len(pickle.dumps(state)) < 2000
         plan = Plan(AT_5, 100)
+        plan.start = received
         second = stateful(Indices(), batch_sampler=plan, num_workers=workers)
         second.load_state_dict(copy.deepcopy(state))
         for _ in plan.by_epoch() if by_epoch else [0]:
@@ -143,10 +145,12 @@ def test_stateful_data_loader(workers, by_epoch):
 
 
 def test_the_state_is_a_number():
-    plan = Plan(AT_5, 100)
-    batches = iter(plan)
+    plan, optimizer = Plan(AT_5, 100), groups(0.1)
+    scheduler, batches = plan.lr_scheduler(optimizer), iter(plan)
     for _ in range(7):
         next(batches)
+        optimizer.step()
+        scheduler.step()
     state = plan.state_dict()
     assert state == {"update": 7} and len(pickle.dumps(state)) < 100
     again = Plan(AT_5, 100)
@@ -232,7 +236,7 @@ def test_the_loop_in_the_readme_runs():
             optimizer.load_state_dict(state["optimizer"])
             return state["step"]
 
-        every_five = re.sub(r"step % \d+", "step % 5", loop)
+        every_five = re.sub(r"(step|plan\.start) % \d+", r"\1 % 5", loop)
         names = dict(
             dataset=dataset,
             model=model,
