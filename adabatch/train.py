@@ -175,7 +175,7 @@ class Progress(Silent):
 
 # %% ../nbs/09_train.ipynb #6a9e3d50
 class LivePlot(Progress):
-    "Progress for Jupyter: the training so far as a picture, redrawn in place after each epoch."
+    "Progress for Jupyter: the training so far as a picture, redrawn in place after each epoch, or a minute."
     handle = None
 
     def on_update(self, epoch, update, updates):
@@ -184,8 +184,12 @@ class LivePlot(Progress):
 
     def on_epoch(self, epoch, row): self._show(self.line(epoch, row))
 
+    def _draw(self, text):
+        if time.monotonic() - self.printed >= 60: self._show(text)
+
     def _show(self, title):
         from IPython.display import display
+        self.printed = time.monotonic()
         if self.handle is None: self.handle = display(self.figure(title), display_id=True)
         else: self.handle.update(self.figure(title))
 
