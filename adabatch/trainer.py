@@ -467,7 +467,12 @@ def epoch_row(loop: EpochLoop) -> dict:
 
 # %% ../nbs/06_trainer.ipynb #d13cdf03
 class Trainer(EpochLoop):
-    "Trains a model along a schedule: same results for any processes and micro-batch, except batch normalisation."
+    """Trains a model along a schedule: same results for any processes and micro-batch, except batch normalisation.
+
+    `model` maps images (B, C, H, W) to logits, and `optimizer` is built with its parameters; `data` is `Images`,
+    `Folder`, or an object with their methods. `seed` is that of order and augmentation. A batch is divided over the
+    processes that torchrun started, and there into forward passes of at most `micro_batch` samples. `loss` and `metric`
+    are functions of (output, targets), summed over the samples."""
     def fit(self,
         checkpoint: str | Path | None = None,  # file for the state, from which to resume if it exists
         identity: dict | None = None,  # what the checkpoint must match; JSON values

@@ -1,4 +1,5 @@
 """Sphinx's settings: pages from pages.py, nothing executed, nothing loaded from another machine."""
+import html
 import re
 import sys
 from importlib.metadata import files
@@ -12,7 +13,7 @@ import pages
 
 project = "adabatch"
 copyright = "The adabatch authors"
-extensions = ["myst_nb"]
+extensions = ["myst_nb", "sphinx_copybutton"]
 nb_execution_mode = "off"
 nb_render_markdown_format = "myst"
 nb_merge_streams = True
@@ -56,5 +57,13 @@ def link_names(app, document):
         literal.replace_self(link)
 
 
+def describe(app, page, template, context, document):
+    "Give search engines the first paragraph of the page."
+    paragraph = document and next(iter(document.findall(nodes.paragraph)), None)
+    text = " ".join(paragraph.astext().split()) if paragraph else ""
+    if text: context["metatags"] += f'\n<meta name="description" content="{html.escape(text[:300])}">'
+
+
 def setup(app):
     app.connect("doctree-read", link_names)
+    app.connect("html-page-context", describe)

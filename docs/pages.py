@@ -136,6 +136,7 @@ class Module:
         self.tree, self.lines = ast.parse(text), text.splitlines()
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
         self.comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+        self.summary = (ast.get_docstring(self.tree) or "").split("\n")[0]
         exported = [n.value for n in self.tree.body if "__all__" in self.defined(n)]
         public = ast.literal_eval(exported[0]) if exported else []
         self.public = {name: n for n in self.tree.body for name in self.defined(n) if name in public}
@@ -198,13 +199,28 @@ def modules() -> list[Module]:
     return [m for m in found if m.public]
 
 
+def public_page(found: list[Module]) -> str:
+    "What `from adabatch import ...` gives, a line each, and a list of the modules."
+    tree = ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    names = next(ast.literal_eval(n.value) for n in tree.body if "__all__" in Module.defined(n))
+    lines = ["# Public names", "", "What `from adabatch import ...` gives:", ""]
+    for name in names:
+        module = next(m for m in found if name in m.public)
+        first = re.match(r".*?[.;:](?=\s|$)", ast.get_docstring(module.public[name]), re.S)[0].rstrip(";:.")
+        lines.append(f"- {{py:obj}}`{name} <{PACKAGE}.{module.name}.{name}>`: {first}")
+    lines += ["", "All else is in the modules:", ""]
+    return "\n".join(lines + [f"- [{PACKAGE}.{m.name}]({m.name}.md): {m.summary}" for m in found]) + "\n"
+
+
 def contents(target: Path) -> str:
     "The list of pages at the side, from what there is."
     executed = [f"All arms on {p.parent.name} <{p.relative_to(target).as_posix()}>"
                 for p in sorted(target.glob("outputs/*/gallery.ipynb"))]
-    notebooks = sorted(f"nbs/{p.name}" for p in target.glob("nbs/*.ipynb") if p.name != "report.ipynb")
+    placed = "your_loop.ipynb", "report.ipynb"
+    notebooks = sorted(f"nbs/{p.name}" for p in target.glob("nbs/*.ipynb") if p.name not in placed)
     others = sorted(p.name for p in target.glob("*.md"))
-    groups = {"Evidence": ["nbs/report.ipynb", *executed, "outputs/records"], "Notebooks": notebooks,
+    groups = {"Use it": ["nbs/your_loop.ipynb", "api/index"],
+              "Evidence": ["nbs/report.ipynb", *executed, "outputs/records"], "Notebooks": notebooks,
               "Reference": [f"api/{m.name}" for m in modules()], "Project": others}
     shown = {name: pages for name, pages in groups.items() if pages}
     trees = (["```{toctree}", ":hidden:", f":caption: {name}", "", *pages, "```"] for name, pages in shown.items())
@@ -217,6 +233,7 @@ def write(target: Path):
     (target / "api").mkdir(parents=True)
     labels = notebook_pages(target, data_sets())
     for module in modules(): (target / f"api/{module.name}.md").write_text(module.page(labels), encoding="utf-8")
+    (target / "api/index.md").write_text(public_page(modules()), encoding="utf-8")
     records_page(target)
     readme = re.sub(r"\]\(outputs/(\w+\.ipynb)", r"](nbs/\1", (ROOT / "README.md").read_text(encoding="utf-8"))
     copy_linked(readme, ROOT, target)

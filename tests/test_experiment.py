@@ -309,6 +309,11 @@ def test_what_is_shown_in_a_pipe(monkeypatch, capsys):
     assert lines[3].endswith("50.00 %  8:00:00 left") and lines[4].endswith("50.00 %  3600.0 s")
 
 
+def test_a_sweep_writes_among_the_evidence_though_the_notebook_does_not():
+    command = sweep.command(resolve(Experiment(device="cpu")), "papermill")
+    assert command[-3:] == ["-r", "output_dir", "outputs"]
+
+
 def test_the_line_of_an_epoch_fits_a_terminal():
     row = dict(batch_size=16384, lr=0.00316, train_loss=2.3019, test_error=80.28, train_seconds=0, test_seconds=0)
     assert len(record.epoch_line(99, 100, row, "8:00:00 left")) == 79
