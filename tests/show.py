@@ -14,7 +14,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 VOLATILE = re.compile(r"^# .*\bof this machine\b", re.M | re.I)  # the comment that marks a cell, for the reader too
 LARGEST = 100_000  # bytes of a figure
-STYLE = {"OMP_NUM_THREADS": "1", "IN_TEST": "1", "MATPLOTLIBRC": str(ROOT / "tests/matplotlibrc")}
+STYLE = {"OMP_NUM_THREADS": "1", "IN_TEST": "1", "MATPLOTLIBRC": str(ROOT / "tests/matplotlibrc"),
+         "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, which would draw its bars with ipywidgets
 
 
 def notebooks():
