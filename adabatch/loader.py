@@ -100,6 +100,9 @@ def unroll(
         if updates: segments.append(Segment(update, epoch, max(1, alike), updates, start, 0, stage))
         update, start = update + updates * max(1, alike), start + updates * size
         if alike or not updates: epoch, start = epoch + max(1, alike), 0
+    asked, reached = schedule.stages[-1].batch_size, segments[-1].stage.batch_size
+    if reached < asked: warnings.warn(f"no update is left for the batch of {asked}, which begins too close to the end: "
+                                      f"the last has {reached}", stacklevel=3)
     ends = {s.epoch: s.start + s.updates * s.stage.batch_size for s in segments}  # the last of an epoch counts
     return tuple(replace(s, end=ends[s.epoch]) for s in segments)
 
@@ -213,6 +216,10 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, lambda update: plan.lr(min(update, last)) / base, plan._progress.done - 1)
 
     def step(self, *epoch):
+        for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
+            if not isinstance(planned, torch.Tensor) and group["lr"] != planned:  # a tensor would wait for its GPU
+                self._progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
+                                    "planned: nothing else may set it, no other scheduler either", 3)
         super().step(*epoch)
         self._progress.count(self.last_epoch)
 

@@ -98,6 +98,7 @@ def save(
     lacking = [name for name in kinds if any(name not in row for row in history)]
     if lacking: raise ValueError(f"the history lacks {', '.join(lacking)}")
     arrays = {name: np.array([row[name] for row in history], kind) for name, kind in kinds.items()}
+    if any(row[name] != int(row[name]) for row in history for name in COUNTS): raise ValueError("a count must be whole")
     _check(Record(arrays, config, environment, status))
     texts = dict(config=json.dumps(config), environment=json.dumps(environment), status=status)
     try: path.parent.mkdir(parents=True, exist_ok=True)

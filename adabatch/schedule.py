@@ -364,7 +364,8 @@ def from_lr_schedule(
     if hasattr(curve, "optimizer"):
         points = whole_number("steps", epochs if steps is None else steps)
         curve = _Staircase(_values(curve, points))
-    if not callable(curve): raise TypeError(f"curve must be a function of progress or a scheduler, not {shown(curve)}")
+    if not callable(curve) or isinstance(curve, type):
+        raise TypeError(f"curve must be a function of progress or a scheduler, not {shown(curve)}")
     points, curve = points or 1024 * epochs, Curve(curve, size, power)
     most = math.ceil(math.log(top / size) / math.log(growth) - 1e-9)
     falls, peak = _falls(lambda k: curve.lr(k / points, size), points, growth, most)

@@ -200,15 +200,16 @@ def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
     step.optimizer.zero_grad()
 
 def check_loss(step: Step, sample: Callable):
-    "TypeError, ValueError unless the loss can be differentiated and is summed over the samples. Leaves no trace."
-    if step.loss is cross_entropy: return
+    "TypeError, ValueError unless the loss can be differentiated, and both it and the metric are sums. Leaves no trace."
+    if step.loss is cross_entropy and step.metric in (percent_wrong, percent_outside_top5): return
     devices = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(step.model):
-        one, two = (step.measures(step.model, *sample(count))[0] for count in (1, 2))
-    if not isinstance(one, torch.Tensor) or one.ndim or not one.requires_grad:
-        raise TypeError(f"the loss must be one number, as a tensor to differentiate, not {shown(one)}")
-    if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
-        raise ValueError("the loss must be summed over the samples: two copies of a sample must give twice the loss")
+        once, twice = (step.measures(step.model, *sample(count), step.metric) for count in (1, 2))
+    if not isinstance(once[0], torch.Tensor) or once[0].ndim or not once[0].requires_grad:
+        raise TypeError(f"the loss must be one number, as a tensor to differentiate, not {shown(once[0])}")
+    for name, one, two in zip(("loss", "metric"), once, twice):
+        if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
+            raise ValueError(f"the {name} must be summed over the samples: two copies of one must give twice as much")
 
 # %% ../nbs/06_trainer.ipynb #03c3a97d
 @contextlib.contextmanager

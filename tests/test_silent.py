@@ -156,6 +156,13 @@ MEANS = {
     "a module of one's own": Mean(),
     "a mean with a penalty": lambda output, y: F.cross_entropy(output, y) + 0.1 * output.square().mean(),
 }
+
+
+def test_a_mean_metric_is_refused():
+    with pytest.raises(ValueError, match="the metric must be summed over the samples"):
+        trainer(metric=lambda output, y: (output.argmax(1) != y).float().mean() + 1).fit()
+
+
 SUMS = {
     "a function": lambda output, y: F.cross_entropy(output, y, reduction="sum"),
     "a partial": functools.partial(F.cross_entropy, reduction="sum"),
@@ -265,6 +272,18 @@ def test_a_scheduler_that_is_stepped_every_epoch():
             scheduler.step()
 
     warned(train, "has given all 21 batches, but the scheduler has counted 1 updates", here=False)
+
+
+def test_two_schedulers_of_one_optimizer():
+    plan, loader, optimizer, scheduler = parts()
+    other = CosineAnnealingLR(optimizer, 21)
+
+    def train():
+        for _ in loader:
+            step(optimizer, scheduler)
+            other.step()
+
+    warned(train, "nothing else may set it, no other scheduler either")
 
 
 def test_gradients_accumulated_over_batches_of_the_plan():
@@ -426,6 +445,12 @@ def test_a_batch_that_never_reaches_its_largest(make, line):
     warned(make, line)
 
 
+def test_a_milestone_too_close_to_the_end():
+    schedule = adabatch(16, 32, lr=0.1, milestones=[2.99], epochs=3)
+    warned(lambda: Plan(schedule, 100), "no update is left for the batch of 32")
+    assert Plan(schedule, 10_000).at(1869).batch_size == 32
+
+
 def test_what_reaches_its_largest_is_silent():
     for schedule in (
         adabatch(256, 4096, lr=0.1),
@@ -584,6 +609,7 @@ ROW = dict.fromkeys((*record.COUNTS, *record.MEASURES, *record.CLOCKS), 1)
         (dict(history=[]), "at least one epoch"),
         (dict(history=[dict(ROW, lr="high")]), "could not convert"),
         (dict(history=[{n: v for n, v in ROW.items() if n != "lr"}]), "the history lacks lr"),
+        (dict(history=[dict(ROW, updates=2.7)]), "a count must be whole"),
         (dict(config=[1]), "dicts of settings"),
         (dict(environment=None), "dicts of settings"),
         (dict(status="done"), "a status of complete, diverged"),
