@@ -105,7 +105,7 @@ def refused(tmp_path, monkeypatch):
 ALSO = {
     "lr_decay": ["the learning rate at 4 epochs"],
     "milestones": ["a milestone must be"],
-    "model": ["resnet50 is not made"],
+    "model": ["resnet50 does not fit"],
 }
 
 
