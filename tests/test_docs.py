@@ -68,7 +68,7 @@ async function visit(page) {
   };
   frame.style.width = "LAPTOPpx";
   await new Promise(done => setTimeout(done, 50));
-  const wide = e => e.scrollWidth > e.clientWidth + 1;
+  const wide = e => e.scrollWidth > e.clientWidth + 1 && e.textContent.split("\\n").every(line => line.length <= 120);
   seen.wideCode = all(".cell_input pre").filter(wide).map(e => e.innerText.slice(0, 60));
   frame.remove();
   return seen;
