@@ -332,6 +332,8 @@ def test_no_home_no_language_another_folder(tmp_path):
         sys.executable,
         "-m",
         "adabatch.train",
+        "--max_batch_size",
+        "16",
         "--epochs",
         "1",
         "--every",
