@@ -101,7 +101,8 @@ def test_one_definition(tmp_path):
     notebook = json.loads(Path("nbs/run.ipynb").read_text())
     (cell,) = ("".join(c["source"]) for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     exec(cell, names := {})
-    assert from_notebook(names, [cell]) == Experiment() and {n for n in names if n != "__builtins__"} == set(FIELDS)
+    assert from_notebook(names, [cell]) == Experiment(output_dir="runs")
+    assert {n for n in names if n != "__builtins__"} == set(FIELDS)
 
 
 def test_names_of_arms():
