@@ -488,7 +488,8 @@ def _real_images(evidence, verdicts):
     if not {ten, hundred} <= verdicts.keys(): return None
     judged = verdicts[ten], verdicts[hundred]
     fewer, more = (_updates(evidence, ten.key(role)) for role in ("adaptive", "small"))
-    text = (f"**On CIFAR, AlexNet reached a similar test error with AdaBatch in {1 - fewer / more:.0%} fewer updates "
+    saved = f"{100 * (1 - fewer / more):.0f} %"
+    text = (f"**On CIFAR, AlexNet reached a similar test error with AdaBatch in {saved} fewer updates "
             f"({fewer:,} instead of {more:,}), but the runs are too few to call the two equal.** The error was "
             f"{_errors(evidence, ten)} for the small batch on CIFAR-10 ({judged[0].n} of runs with the same seed) and "
             f"{_errors(evidence, hundred)} on CIFAR-100 ({judged[1].n}). Equality within one point is decided "
