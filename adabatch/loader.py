@@ -148,7 +148,7 @@ def _summary(plan: "Plan") -> str:
     return f"<Plan: {done}, {plan.schedule.epochs} epochs of {plan.samples} samples: {', '.join(parts)}>"
 
 # %% ../nbs/01_loader.ipynb #51e0c0a2
-FURTHEST = 1000  # batches that workers may be ahead of the training
+FURTHEST = 256  # batches that workers may be ahead of the training
 
 class _Progress:
     "How far a training has come. Warns, once for each subject, of a loop that departs from the plan."
@@ -181,6 +181,12 @@ class _Progress:
         if self.first == self.updates and self.drawing:
             self.warn("end", f"all {self.updates} updates are done, and no batches are left: iterate the loader once, "
                       "or in a loop over plan.by_epoch(); plan.start = 0 begins again")
+
+    def end_epoch(self):
+        "Warn if batches of the epoch that ends were not counted."
+        if self.counting and self.done < self.latest:
+            self.warn("count", f"the epoch gave {self.latest - self.first} batches, but the scheduler has counted "
+                      f"{self.done - self.first}: step it once after each batch, and do not leave an epoch early")
 
     def draw(self, update):
         "Note that the batch of an update is drawn."
@@ -273,6 +279,7 @@ def _by_epoch(plan: "Plan") -> Iterator[int]:
         while plan._progress.done < plan.updates:
             plan._epoch = plan.at(plan._progress.done).epoch
             yield plan._epoch
+            plan._progress.end_epoch()
             plan.start = _end(plan)
     finally: plan._epoch = None
 

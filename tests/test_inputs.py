@@ -265,7 +265,7 @@ PARTS = {
         "curve must be a Curve: from_lr_schedule makes",
     ),
     "results of a folder without records": (lambda: report._write("outptus", "file"), "outptus holds no records"),
-    "a forecast without end": (lambda: forecast._command(None, math.inf), "seconds must be from 0 to 86,400"),
+    "a forecast without end": (lambda: forecast._command(None, math.inf, None), "seconds must be from 0 to 86,400"),
     "a data set that is not there": (lambda: training_samples(Experiment(dataset="imagenet")), "lacks train/"),
 }
 

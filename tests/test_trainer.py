@@ -479,7 +479,8 @@ def test_phases_fill_the_epoch():
 
 
 def test_precisions_run():
-    assert math.isfinite(trainer(GROWING, precision="bf16").fit()[-1]["train_loss"])
+    bf16, fp32 = (trainer(GROWING, precision=p).fit()[-1]["train_loss"] for p in ("bf16", "fp32"))
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.1)
 
 
 def test_devices_that_are_not_there():
