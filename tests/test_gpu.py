@@ -213,7 +213,7 @@ def test_runs_are_taken_in_order_while_they_fit():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
-    assert gpu.main([]) == 2 and "no GPU here" in capsys.readouterr().err
+    assert gpu.main([]) == 2 and "no GPU available" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
