@@ -3,7 +3,19 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING
 
-from .schedule import Schedule, Stage, adabatch, fixed, from_batch_sizes, from_lr_schedule
+
+class Rejected(Exception):
+    "Input that cannot be used. The message is one line, all that a reader needs; a command shows nothing else."
+
+
+class WrongValue(Rejected, ValueError): pass
+
+
+class WrongType(Rejected, TypeError): pass
+
+
+# The rooms raise what stands above.
+from .schedule import Schedule, Stage, adabatch, fixed, from_batch_sizes, from_lr_schedule  # noqa: E402
 
 if TYPE_CHECKING:
     from .loader import Plan

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import record
+from . import WrongType, WrongValue, record
 from .data import DATASETS
 from .experiment import CONTROLS, Experiment, Run, make_schedule, recipe, resolve
 from .record import Record
@@ -39,15 +39,15 @@ def run_of(path: Path, output_dir: str | Path) -> tuple[Run, Record]:
     "The run that a record is of. OSError if it cannot be read, ValueError if it is of no experiment."
     found = record.load(path)
     try:
-        if not isinstance(found.environment["device"], str): raise TypeError("a device has a name")
+        if not isinstance(found.environment["device"], str): raise WrongType("a device has a name")
         e = Experiment(**found.config, compile=found.environment["compile"], output_dir=str(output_dir))
         return Run(e, make_schedule(e)), found
-    except (TypeError, KeyError, AttributeError): raise ValueError(f"{path} is of no experiment") from None
+    except (TypeError, KeyError, AttributeError): raise WrongValue(f"{path} is of no experiment") from None
 
 def _objection(path, run, found):
     "Why a record cannot stand for its arm; empty if it can."
     if path != run.path: return "not where its settings belong"
-    if run.unnamed: return f"another {', '.join(run.unnamed)} than the recipe's"
+    if run.hidden_differences: return f"another {', '.join(run.hidden_differences)} than the recipe's"
     return "" if found.as_configured else "not all epochs were divided as the arm says"
 
 def examined(output_dir: str | Path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'ENDINGS', 'AHEAD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CIFAR', 'CIFAR_SIZES', 'CIFAR_MEAN', 'CIFAR_STD',
-           'DATASETS', 'Epoch', 'draw_epoch', 'Images', 'class_folders', 'draw_crop', 'Batches', 'read_ahead', 'Folder',
+           'DATASETS', 'Epoch', 'draw_epoch', 'Images', 'class_folders', 'draw_crop', 'read_ahead', 'Folder', 'Known',
            'load_data']
 
 # %% ../nbs/04_data.ipynb #03cde696
@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from . import WrongType, WrongValue
 from .device import check_device, launch_variable
 from .files import Busy, atomic_write, lock
 from .loader import draw_order, draw_seeds
@@ -68,7 +70,7 @@ class Images:
         for images, labels in (train, test):
             kinds = images.dtype, images.ndim, labels.dtype, len(images) == len(labels) > 0
             if kinds != (torch.uint8, 4, torch.int64, True):
-                raise ValueError("images must be uint8 (N, C, H, W) and labels int64 (N,), at least one of each, not "
+                raise WrongValue("images must be uint8 (N, C, H, W) and labels int64 (N,), at least one of each, not "
                                  f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}")
         c, h, w = self.shape
         padded = torch.zeros(self.train_size, h + 2 * pad, w + 2 * pad, c, dtype=torch.uint8, device=self.device)
@@ -116,15 +118,15 @@ def _open(path, mode=None):
     except Image.DecompressionBombError: pass
     except Exception as error:  # Pillow raises many exception types for a truncated file
         if getattr(error, "errno", None):  # the system's, not Pillow's
-            raise ValueError(f"{path} cannot be read ({error.strerror}): restore it") from None
-        raise ValueError(f"{path} is damaged or no image ({type(error).__name__}): restore it") from None
-    raise ValueError(f"{path} has more than {MOST_PIXELS:,} pixels: scale it down")
+            raise WrongValue(f"{path} cannot be read ({error.strerror}): restore it") from None
+        raise WrongValue(f"{path} is damaged or no image ({type(error).__name__}): restore it") from None
+    raise WrongValue(f"{path} has more than {MOST_PIXELS:,} pixels: scale it down")
 
 def _pixels(path, size=32):
     "The (3, size, size) uint8 pixels of an image file. ValueError naming it unless it is RGB of that size."
     image = _open(path)
     if (image.mode, image.size) != ("RGB", (size, size)):
-        raise ValueError(f"{path} is {image.mode} of {image.width}x{image.height} pixels, not RGB of {size}x{size}")
+        raise WrongValue(f"{path} is {image.mode} of {image.width}x{image.height} pixels, not RGB of {size}x{size}")
     return np.asarray(image).transpose(2, 0, 1)
 
 # %% ../nbs/04_data.ipynb #97290a54
@@ -136,16 +138,16 @@ def _visible(folder):
         found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in found:
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise ValueError(f"{entry.path} is a broken link: remove it or restore its target")
+            raise WrongValue(f"{entry.path} is a broken link: remove it or restore its target")
     return found
 
 def _class_images(folder):
     "Paths of the images in a class folder. ValueError if it is empty or holds a folder."
     entries = _visible(folder)
     for entry in entries:
-        if entry.is_dir(): raise ValueError(f"{entry.path} is a folder in a class folder, which may hold only images")
+        if entry.is_dir(): raise WrongValue(f"{entry.path} is a folder in a class folder, which may hold only images")
     paths = [entry.path for entry in entries if entry.name.lower().endswith(ENDINGS) and entry.is_file()]
-    if not paths: raise ValueError(f"{folder} holds no images: restore them, or remove this class from both sets")
+    if not paths: raise WrongValue(f"{folder} holds no images: restore them, or remove this class from both sets")
     return paths
 
 def class_folders(
@@ -154,7 +156,7 @@ def class_folders(
     """The images in class folders, in the order and with the classes of torchvision's `ImageFolder`; hidden entries
     are skipped. ValueError naming a class folder that holds no images, or a folder."""
     classes = [entry for entry in _visible(root) if entry.is_dir()]
-    if not classes: raise ValueError(f"{root} holds no class folders: put its images into a folder for each class")
+    if not classes: raise WrongValue(f"{root} holds no class folders: put its images into a folder for each class")
     images = [_class_images(entry.path) for entry in classes]
     labels = [label for label, paths in enumerate(images) for _ in paths]
     return [entry.name for entry in classes], [path for paths in images for path in paths], labels
@@ -208,7 +210,7 @@ class _Squares(Dataset):
         except ValueError as error: return error
         return torch.from_numpy(np.stack(squares)), torch.from_numpy(self.labels[[sample for sample, _ in keys]])
 
-class Batches:
+class _Batches:
     "A batch sampler that is refilled, not rebuilt: yields the batches last given to `fill`."
     def __init__(self): self.batches = ()
     def fill(self, batches): self.batches = batches
@@ -238,7 +240,7 @@ def read_ahead(
     images = shared // 2 // image_bytes // AHEAD // processes
     if workers is None: workers = max(1, min(cores // processes, 16, images))
     if workers > images:
-        raise ValueError(f"workers is {workers} for each of {processes} processes, but {shared >> 20} MiB in /dev/shm "
+        raise WrongValue(f"workers is {workers} for each of {processes} processes, but {shared >> 20} MiB in /dev/shm "
                          f"are enough for {images}: give fewer, or enlarge it (docker run --shm-size 1g)")
     return workers, max(1, min(16, images // max(1, workers)))
 
@@ -248,7 +250,7 @@ class _Reader:
     def __init__(self, squares, workers, chunk, device):
         self.squares, self.chunk, self.device = squares, chunk, device
         several = dict(persistent_workers=True, prefetch_factor=AHEAD) if workers else {}
-        self.loader = DataLoader(squares, batch_sampler=Batches(), num_workers=workers, collate_fn=_as_read,
+        self.loader = DataLoader(squares, batch_sampler=_Batches(), num_workers=workers, collate_fn=_as_read,
                                  worker_init_fn=_ignore_signals, pin_memory=device.type == "cuda", **several)
 
     def read(self, keys, slices):
@@ -286,11 +288,11 @@ class Folder:
         self.workers, chunk = read_ahead(workers, 3 * size * size)
         tests = [root / name for name in ("val", "test") if (root / name).is_dir()]
         if not tests or not (root / "train").is_dir():
-            raise ValueError(f"{path} must hold class folders in train/ and in val/ or test/")
+            raise WrongValue(f"{path} must hold class folders in train/ and in val/ or test/")
         (names, *train), (test_names, *test) = class_folders(root / "train"), class_folders(tests[0])
         if alone := sorted({*names} ^ {*test_names}):
             lacking = tests[0] if alone[0] in names else root / "train"
-            raise ValueError(f"{lacking} lacks the class {alone[0]}: both sets must have the same class folders")
+            raise WrongValue(f"{lacking} lacks the class {alone[0]}: both sets must have the same class folders")
         self.classes, self.train_size, self.test_size = len(names), len(train[0]), len(test[0])
         self.mean, self.std = (_per_channel(v, self.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
         squares = _Squares(*train, size), _Squares(*test, size)
@@ -329,10 +331,10 @@ def _cifar(name, data_dir):
     "Both splits of CIFAR as (images, labels) arrays, in whichever form is present."
     base, folder = data_dir / CIFAR[name], data_dir / name
     if not base.is_dir():
-        if folder.is_dir(): return _cached(folder, classes=int(name[5:]))
+        if folder.is_dir(): return _cached(folder, classes=DATASETS[name].classes)
         _download(name, data_dir)
     try: splits = [_torchvision(name)(data_dir, train=train) for train in (True, False)]
-    except RuntimeError: raise ValueError(f"{base} is incomplete or damaged: remove it and unpack it again") from None
+    except RuntimeError: raise WrongValue(f"{base} is incomplete or damaged: remove it and unpack it again") from None
     return [(s.data.transpose(0, 3, 1, 2), np.array(s.targets)) for s in splits]
 
 def _torchvision(name):
@@ -346,7 +348,7 @@ def _download(name, data_dir):
     with tempfile.TemporaryDirectory() as tmp:
         try: _torchvision(name)(tmp, download=True)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{name} is not in {data_dir}/ and could not be downloaded ({error}): put it there, "
+            raise WrongValue(f"{name} is not in {data_dir}/ and could not be downloaded ({error}): put it there, "
                              f"as torchvision's {base}/ or as class folders {name}/train/<class>/ and "
                              f"{name}/test/<class>/") from None
         data_dir.mkdir(parents=True, exist_ok=True)
@@ -360,11 +362,11 @@ def _download(name, data_dir):
 def _files(folder, split, classes):
     "Image paths and labels of one split of class folders. ValueError if part of it is missing."
     root = folder / split
-    if not root.is_dir(): raise ValueError(f"{root} is missing: the data set is incomplete")
+    if not root.is_dir(): raise WrongValue(f"{root} is missing: the data set is incomplete")
     names, paths, labels = class_folders(root)
-    if len(names) != classes: raise ValueError(f"{root} holds {len(names)} of {classes} classes: unpack all of it")
+    if len(names) != classes: raise WrongValue(f"{root} holds {len(names)} of {classes} classes: unpack all of it")
     if len(paths) != CIFAR_SIZES[split]:
-        raise ValueError(f"{root} holds {len(paths):,} of {CIFAR_SIZES[split]:,} images: unpack all of it")
+        raise WrongValue(f"{root} holds {len(paths):,} of {CIFAR_SIZES[split]:,} images: unpack all of it")
     return list(zip(paths, labels))
 
 def _fingerprint(files):
@@ -392,7 +394,7 @@ def _cached(folder, classes):
 def _digits():
     try: from sklearn.datasets import load_digits
     except ImportError:
-        raise ValueError('digits needs scikit-learn: pip install "adabatch[digits]", or give dataset fake') from None
+        raise WrongValue('digits needs scikit-learn: pip install "adabatch[digits]", or give dataset fake') from None
     images, labels = load_digits(return_X_y=True)
     images = np.kron(images.reshape(-1, 1, 8, 8) * (255 / 16), np.ones((1, 3, 4, 4))).round().astype(np.uint8)
     return [(images[s], labels[s]) for s in (slice(1437), slice(1437, None))]
@@ -403,7 +405,14 @@ def _fake(size=(5120, 1024)):
     return [tuple(map(np.stack, zip(*((np.asarray(x).transpose(2, 0, 1), int(y)) for x, y in s)))) for s in splits]
 
 # %% ../nbs/04_data.ipynb #5a4b261d
-DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "fake")
+class Known(NamedTuple):
+    "What is known of a data set before it is read."
+    family: str  # data sets that are trained with the same recipes
+    samples: int | None = None  # in its training set; None: as many as its folder holds
+    classes: int | None = None
+
+DATASETS = {"digits": Known("digits", 1437, 10), "cifar10": Known("cifar", 50_000, 10),
+            "cifar100": Known("cifar", 50_000, 100), "imagenet": Known("imagenet"), "fake": Known("cifar", 5120, 10)}
 
 def load_data(
     name: str,  # one of `DATASETS`, or the path of a folder with train/ and val/ or test/
@@ -413,15 +422,15 @@ def load_data(
 ) -> Images | Folder:
     """A data set by its name. TypeError or ValueError, in one line, if it is unknown, absent, incomplete or damaged, or
     if the device is not there."""
-    if not isinstance(name, (str, Path)): raise TypeError(f"a data set is given by name or path, not {name!r:.60}")
+    if not isinstance(name, (str, Path)): raise WrongType(f"a data set is given by name or path, not {name!r:.60}")
     name, data_dir, device = str(name), Path(data_dir), check_device(device)
     if name not in DATASETS and not os.path.isdir(name):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {name!r:.60}: choose from {known}, or give a folder of class folders")
+        raise WrongValue(f"unknown data set {name!r:.60}: choose from {known}, or give a folder of class folders")
     if name not in DATASETS or name == "imagenet":
         return Folder(name if name != "imagenet" else data_dir / name, device, workers)
     splits = _digits() if name == "digits" else _fake() if name == "fake" else _cifar(name, data_dir)
     train, test = ((torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))) for images, labels in splits)
     mean, std = CIFAR_MEAN, CIFAR_STD
     if name == "digits": mean, std = ((stat(train[0].float()).item() / 255,) * 3 for stat in (torch.mean, torch.std))
-    return Images(train, test, mean, std, 100 if name == "cifar100" else 10, flip=name != "digits", device=device)
+    return Images(train, test, mean, std, DATASETS[name].classes, flip=name != "digits", device=device)

@@ -13,21 +13,23 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from . import WrongValue
+
 # %% ../nbs/03_device.ipynb #6b72358f
 def check_device(device: str | torch.device) -> torch.device:
     "The `torch.device`; ValueError if this machine has no such device."
     try: found = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r:.60}: choose cpu, cuda, cuda:<n> or mps") from None
+        raise WrongValue(f"unknown device {device!r:.60}: choose cpu, cuda, cuda:<n> or mps") from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = {"cpu": True, "mps": torch.backends.mps.is_available(), "cuda": (found.index or 0) < gpus}
-    if not there.get(found.type): raise ValueError(f"device {device} is unavailable: this machine has {best_device()}")
+    if not there.get(found.type): raise WrongValue(f"device {device} is unavailable: this machine has {best_device()}")
     return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 def check_gpu_each(device: str, processes: int):
     "ValueError if several processes are to train on one GPU."
     if processes > 1 and device.startswith("cuda:"):
-        raise ValueError(f"device {device} is one GPU for {processes} processes: give device cuda for one each")
+        raise WrongValue(f"device {device} is one GPU for {processes} processes: give device cuda for one each")
 
 def best_device() -> str:
     "The fastest device type available: cuda, mps or cpu."
@@ -62,7 +64,7 @@ def launch_variable(name: str, default: int) -> int:
     "A number that torchrun sets in the environment, such as WORLD_SIZE. ValueError unless an integer >= `default`."
     text = os.environ.get(name, str(default))
     if text.isdecimal() and int(text) >= default: return int(text)
-    raise ValueError(f"the environment variable {name} must be an integer of at least {default}, not {text!r:.60}: "
+    raise WrongValue(f"the environment variable {name} must be an integer of at least {default}, not {text!r:.60}: "
                      "unset it")
 
 # %% ../nbs/03_device.ipynb #f5f164b3
@@ -127,7 +129,7 @@ def _rendezvous():
     machines the count of restarts is not the same everywhere."""
     try: store, rank, size = next(dist.rendezvous("env://"))
     except ValueError as error:
-        raise ValueError(f"WORLD_SIZE is set, but torchrun did not start this process ({error}): unset it") from None
+        raise WrongValue(f"WORLD_SIZE is set, but torchrun did not start this process ({error}): unset it") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
         store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dict(store=store, rank=rank, world_size=size)

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from . import WrongValue
+
 # %% ../nbs/02_files.ipynb #ec40e6e7
 @contextlib.contextmanager
 def atomic_write(
@@ -97,7 +99,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
     for p in files:
         if (state := _read(p)) is not None: return state
         print(f"note: {p} is damaged and skipped", file=sys.stderr)
-    if files: raise ValueError(f"{' and '.join(map(str, files))}: damaged: remove to start this run again")
+    if files: raise WrongValue(f"{' and '.join(map(str, files))}: damaged: remove to start this run again")
 
 def remove_checkpoint(path: str | Path):
     "Remove what `save_checkpoint` wrote."
@@ -112,10 +114,10 @@ def load_weights(path: str | Path) -> dict:  # name -> tensor, on the CPU
         with zipfile.ZipFile(path) as f: damaged = f.testzip()
         if not damaged: return torch.load(path, map_location="cpu", weights_only=True)
     except Exception: pass  # zipfile and torch raise many exception types for a truncated file
-    raise ValueError(f"{path} is damaged or holds no weights: delete it and repeat the run")
+    raise WrongValue(f"{path} is damaged or holds no weights: delete it and repeat the run")
 
 # %% ../nbs/02_files.ipynb #5131c0f0
-class Busy(ValueError):
+class Busy(WrongValue):
     "Another process is writing the file."
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from . import WrongType, WrongValue
 from .schedule import Schedule, Stage, shown, whole_number
 
 # %% ../nbs/01_loader.ipynb #5c1d7c08
@@ -81,8 +82,8 @@ def unroll(
 ) -> tuple[Segment, ...]:
     "The entire training in order. ValueError if a batch is larger than the training set."
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule, not a {type(schedule).__name__}")
-    if drop_last not in (True, False): raise TypeError(f"drop_last must be True or False, not {shown(drop_last)}")
+        raise WrongType(f"schedule must be a Schedule, not a {type(schedule).__name__}")
+    if drop_last not in (True, False): raise WrongType(f"drop_last must be True or False, not {shown(drop_last)}")
     samples = whole_number("samples", samples)
     total, hair = schedule.epochs * samples, Fraction(1, 10**6)  # 1.1 epochs of 100 are 110 samples, not 111
     begins = [min(total, math.ceil(Fraction(s.start) * samples - hair)) for s in schedule.stages]
@@ -92,7 +93,7 @@ def unroll(
         stage = schedule.stages[(k := bisect_right(begins, now)) - 1]
         size, left, ahead = stage.batch_size, max(0, samples - start), [*begins, total][k] - now
         if size > samples:
-            raise ValueError(f"batch size {size:,} is larger than the training set of {samples:,} samples: "
+            raise WrongValue(f"batch size {size:,} is larger than the training set of {samples:,} samples: "
                              "choose a smaller one")
         alike = ahead // samples if start == 0 else 0
         updates = left // size if drop_last else -(-left // size)
@@ -110,7 +111,7 @@ def unroll(
 @dataclass(frozen=True)
 class Update:
     "One optimizer update, as one process sees it."
-    number: int  # updates before it in the training
+    index: int  # updates before it in the training
     epoch: int  # counted from 0
     batch_size: int  # of its stage; the last batch of an epoch may hold fewer samples if `drop_last` is False
     lr: float
@@ -237,10 +238,10 @@ def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim
     An optimizer built with `schedule.base_lr` gets the planned learning rates; a parameter group that was given k
     times as much gets k times as much throughout. TypeError, ValueError for an optimizer that cannot."""
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
+        raise WrongType(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
     for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
     rates, base = [float(group["initial_lr"]) for group in optimizer.param_groups], plan.schedule.base_lr
-    if not any(rates): raise ValueError("the optimizer's learning rate is 0: build it with schedule.base_lr")
+    if not any(rates): raise WrongValue("the optimizer's learning rate is 0: build it with schedule.base_lr")
     if not any(math.isclose(rate, base, rel_tol=1e-6) for rate in rates):
         plan._progress.warn("rate", f"the optimizer was built with lr={rates[0]:g}, not {base:g}: all learning rates "
                             f"will be {rates[0] / base:g} times the planned; build it with schedule.base_lr", 3)
@@ -286,7 +287,7 @@ def _by_epoch(plan: "Plan") -> Iterator[int]:
 def _load_state_dict(plan: "Plan", state: dict[str, int]):
     "Resume where `state_dict` was taken. ValueError if it is not the state of a plan."
     if not isinstance(state, dict) or "update" not in state:
-        raise ValueError(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
+        raise WrongValue(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
     plan.start = state["update"]
 
 # %% ../nbs/01_loader.ipynb #2fdcf54b

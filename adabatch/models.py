@@ -9,6 +9,8 @@ __all__ = ['MODELS', 'alexnet', 'vgg19bn', 'resnet20', 'model_name', 'get_model'
 import torch
 from torch import nn
 
+from . import WrongValue
+
 # %% ../nbs/05_models.ipynb #dba4b008
 def _conv(inputs, outputs, kernel, **settings):
     return [nn.Conv2d(inputs, outputs, kernel, **settings), nn.ReLU(inplace=True)]
@@ -79,7 +81,7 @@ MODELS = {"alexnet": alexnet, "resnet20": resnet20, "vgg19bn": vgg19bn,
 def model_name(name: str) -> str:
     "The canonical name of a network, ignoring case and underscores (`VGG19_BN`). ValueError if unknown."
     known = {n.replace("_", ""): n for n in MODELS}.get(str(name).lower().replace("_", ""))
-    if known is None: raise ValueError(f"unknown model {name!r:.60}: choose from {', '.join(MODELS)}")
+    if known is None: raise WrongValue(f"unknown model {name!r:.60}: choose from {', '.join(MODELS)}")
     return known
 
 def get_model(
@@ -89,5 +91,5 @@ def get_model(
     "A network by name, initialised from PyTorch's random state. ValueError for an unknown name or no classes."
     build = MODELS[model_name(name)]
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes must be a positive integer, not {num_classes!r:.60}")
+        raise WrongValue(f"num_classes must be a positive integer, not {num_classes!r:.60}")
     return build(num_classes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import WrongValue
 from .files import atomic_write, check_readable
 
 # %% ../nbs/07_record.ipynb #5c17a51f
@@ -96,9 +97,9 @@ def save(
     path = Path(path)
     kinds = {name: kind for name, kind in _KINDS.items() if name not in OPTIONAL or all(name in row for row in history)}
     lacking = [name for name in kinds if any(name not in row for row in history)]
-    if lacking: raise ValueError(f"the history lacks {', '.join(lacking)}")
+    if lacking: raise WrongValue(f"the history lacks {', '.join(lacking)}")
     arrays = {name: np.array([row[name] for row in history], kind) for name, kind in kinds.items()}
-    if any(row[name] != int(row[name]) for row in history for name in COUNTS): raise ValueError("a count must be whole")
+    if any(row[name] != int(row[name]) for row in history for name in COUNTS): raise WrongValue("a count must be whole")
     _check(Record(arrays, config, environment, status))
     texts = dict(config=json.dumps(config), environment=json.dumps(environment), status=status)
     try: path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def _check(record):
     arrays = all(a.shape == shape and a.dtype == _KINDS[n] for n, a in record.arrays.items())
     texts = all(isinstance(text, dict) for text in (record.config, record.environment))
     if not (arrays and texts and len(shape) == 1 and shape[0] and record.status in STATUS):
-        raise ValueError(f"a record has at least one epoch, dicts of settings, and a status of {', '.join(STATUS)}")
+        raise WrongValue(f"a record has at least one epoch, dicts of settings, and a status of {', '.join(STATUS)}")
 
 def load(path: str | Path) -> Record:
     """Read a record. FileNotFoundError if it does not exist, OSError if it cannot be read, ValueError naming it if it
@@ -120,16 +121,16 @@ def load(path: str | Path) -> Record:
     try:
         with np.load(path, allow_pickle=False) as f:
             names = {*f.files} & {*_KINDS, "config", "environment", "status"}
-            if max(f.zip.getinfo(f"{name}.npy").file_size for name in names) > MOST_BYTES: raise ValueError
+            if max(f.zip.getinfo(f"{name}.npy").file_size for name in names) > MOST_BYTES: raise MemoryError
             values = {name: f[name] for name in names}
         config, environment = (json.loads(str(values.pop(name))) for name in ("config", "environment"))
         arrays = {n: values[n] for n in _KINDS if n not in OPTIONAL or n in values}
         record = Record(arrays, config, environment, str(values["status"]))
         _check(record)
         return record
-    except MemoryError: raise ValueError(f"{path} claims more numbers than fit into memory: it is damaged") from None
+    except MemoryError: raise WrongValue(f"{path} claims more numbers than fit into memory: it is damaged") from None
     except Exception as error:  # numpy, zipfile and json raise many exception types for a damaged file
-        raise ValueError(f"{path} is damaged or not a record ({type(error).__name__}): "
+        raise WrongValue(f"{path} is damaged or not a record ({type(error).__name__}): "
                          "delete it and repeat the run") from None
 
 def differences(a: Record, b: Record) -> list[str]:

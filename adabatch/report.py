@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import WrongValue
 from .analysis import (PAPER, Comparison, Evidence, Key, Verdict, collect, compare, compare_control, comparisons,
                                control_key, examined, loss_difference)
 from .experiment import CONTROLS, Run, exit_code, select, training_samples
@@ -571,7 +572,7 @@ def write_between(text: str, markers: tuple[str, str], new: str) -> str:
     "`text` with what stands between the markers replaced. ValueError unless it has both, once, in order."
     begin, end = markers
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"no place for the results: add a line {begin} and, below it, a line {end}")
+        raise WrongValue(f"no place for the results: add a line {begin} and, below it, a line {end}")
     return f"{text[:text.index(begin)]}{begin}\n{new}\n{text[text.index(end):]}"
 
 # %% ../nbs/12_report.ipynb #e50579c1
@@ -584,7 +585,7 @@ def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
 def _write(output_dir, readme):
     "Draw the figure and write the results into the README, saying so."
     evidence = collect(output_dir)
-    if not evidence.runs: raise ValueError(f"{output_dir} holds no records: nothing is written")
+    if not evidence.runs: raise WrongValue(f"{output_dir} holds no records: nothing is written")
     text = write_between(Path(readme).read_text(encoding="utf-8"), MARKERS, results(evidence, output_dir))
     figure = plot_frontier(evidence)
     if figure: figure.savefig(Path(output_dir, "results.png"), dpi=100)

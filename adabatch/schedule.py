@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
+from . import WrongType, WrongValue
+
 # %% ../nbs/00_schedule.ipynb #618e18c4
 @dataclass(frozen=True)
 class Stage:
@@ -42,9 +44,9 @@ def whole_number(
     try: number = operator.index(value)
     except TypeError: number = None
     if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, not {shown(value)}")
-    if number < least: raise ValueError(f"{name} must be at least {least}, not {shown(number)}")
-    if number > most: raise ValueError(f"{name} must be at most {most}, not {shown(number)}")
+        raise WrongType(f"{name} must be an integer, not {shown(value)}")
+    if number < least: raise WrongValue(f"{name} must be at least {least}, not {shown(number)}")
+    if number > most: raise WrongValue(f"{name} must be at most {most}, not {shown(number)}")
     return number
 
 def real_number(
@@ -53,10 +55,10 @@ def real_number(
 ) -> float:
     "`value` as a `float`. TypeError unless it is a number, ValueError unless it is finite."
     if isinstance(value, (bool, str)) or getattr(value, "shape", ()) or not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, not {shown(value)}")
+        raise WrongType(f"{name} must be a number, not {shown(value)}")
     try: number = float(value)
     except OverflowError: number = math.inf
-    if not math.isfinite(number): raise ValueError(f"{name} must be finite, not {shown(value)}")
+    if not math.isfinite(number): raise WrongValue(f"{name} must be finite, not {shown(value)}")
     return number
 
 def positive_number(
@@ -66,26 +68,26 @@ def positive_number(
     "`value` as a `float`. TypeError unless it is a number, ValueError unless it is positive and finite."
     try: number = real_number(name, value)
     except ValueError: number = 0.0
-    if number <= 0: raise ValueError(f"{name} must be positive and finite, not {shown(value)}")
+    if number <= 0: raise WrongValue(f"{name} must be positive and finite, not {shown(value)}")
     return number
 
 # %% ../nbs/00_schedule.ipynb #4c3c8c80
 def _milestone(value):
     "`value` as a number, an `int` if integral. TypeError or ValueError if no stage can begin there."
     number = real_number("a milestone", value)
-    if not 0 <= number <= LARGEST: raise ValueError(f"a milestone must be from 0 to {LARGEST}, not {shown(value)}")
+    if not 0 <= number <= LARGEST: raise WrongValue(f"a milestone must be from 0 to {LARGEST}, not {shown(value)}")
     return int(number) if number.is_integer() else number
 
 def _checked(stages):
     "The stages as a tuple of plain numbers. TypeError or ValueError if they do not form a schedule."
     if not isinstance(stages, Sequence) or not all(isinstance(s, Stage) for s in stages):
-        raise TypeError(f"stages must be a list of Stage(start, batch_size, lr), not {shown(stages)}")
+        raise WrongType(f"stages must be a list of Stage(start, batch_size, lr), not {shown(stages)}")
     if not 0 < len(stages) <= MOST_STAGES:
-        raise ValueError(f"a schedule has 1 to {MOST_STAGES:,} stages, not {len(stages):,}")
+        raise WrongValue(f"a schedule has 1 to {MOST_STAGES:,} stages, not {len(stages):,}")
     starts = [_milestone(s.start) for s in stages]
-    if starts[0] != 0: raise ValueError(f"the first stage must begin at 0, not at {starts[0]}")
+    if starts[0] != 0: raise WrongValue(f"the first stage must begin at 0, not at {starts[0]}")
     for before, start in zip(starts, starts[1:]):
-        if start <= before: raise ValueError(f"milestones must increase, but {start} follows {before}")
+        if start <= before: raise WrongValue(f"milestones must increase, but {start} follows {before}")
     sizes = [whole_number("batch_size", s.batch_size) for s in stages]
     lrs = [positive_number(f"the learning rate at {start} epochs", s.lr) for start, s in zip(starts, stages)]
     return tuple(map(Stage, starts, sizes, lrs))
@@ -101,7 +103,7 @@ class Curve:
     def lr(self, progress: float, batch_size: int) -> float:
         "Learning rate of an update. ValueError if the curve is negative or not finite there."
         value = real_number("the learning rate's curve", self.value(progress))
-        if value < 0: raise ValueError(f"the learning rate's curve is negative ({value}) at progress {progress:.6g}")
+        if value < 0: raise WrongValue(f"the learning rate's curve is negative ({value}) at progress {progress:.6g}")
         return value * (batch_size / self.batch_size) ** self.power
 
 # %% ../nbs/00_schedule.ipynb #530dd853
@@ -120,9 +122,9 @@ class Schedule:
 
     def __post_init__(self):
         if not isinstance(self.curve, Curve | None):
-            raise TypeError("curve must be a Curve: from_lr_schedule makes a schedule of a function")
+            raise WrongType("curve must be a Curve: from_lr_schedule makes a schedule of a function")
         warmup_lr = real_number("warmup_lr", self.warmup_lr)
-        if warmup_lr < 0: raise ValueError(f"warmup_lr must not be negative, but is {warmup_lr}")
+        if warmup_lr < 0: raise WrongValue(f"warmup_lr must not be negative, but is {warmup_lr}")
         object.__setattr__(self, "stages", _checked(self.stages))
         object.__setattr__(self, "epochs", whole_number("epochs", self.epochs))
         object.__setattr__(self, "warmup_epochs", whole_number("warmup_epochs", self.warmup_epochs, least=0))
@@ -147,8 +149,8 @@ class Schedule:
         epoch, fraction = whole_number("epoch", epoch, least=-LARGEST), real_number("fraction", fraction)
         if not 0 <= epoch < self.epochs:
             last = self.epochs - 1
-            raise ValueError(f"epoch {epoch} is outside of the schedule's {self.epochs} epochs (0 to {last})")
-        if not 0 <= fraction < 1: raise ValueError(f"fraction must be at least 0 and less than 1, not {fraction}")
+            raise WrongValue(f"epoch {epoch} is outside of the schedule's {self.epochs} epochs (0 to {last})")
+        if not 0 <= fraction < 1: raise WrongValue(f"fraction must be at least 0 and less than 1, not {fraction}")
         done = min(epoch + fraction, math.nextafter(epoch + 1, 0))
         return self.stages[bisect_right(self.stages, done, key=lambda s: s.start) - 1]
 
@@ -174,28 +176,62 @@ def _starts(every, milestones, epochs):
     if milestones is None:
         count = -(-epochs // whole_number("every", every))
         if count > MOST_STAGES:
-            raise ValueError(f"{epochs} epochs with a milestone every {every} make more than {MOST_STAGES:,} stages: "
+            raise WrongValue(f"{epochs} epochs with a milestone every {every} make more than {MOST_STAGES:,} stages: "
                              f"raise every, or give milestones=[...]")
         return [k * every for k in range(count)]
     if isinstance(milestones, (str, dict)) or not hasattr(milestones, "__len__") or len(milestones) >= MOST_STAGES:
-        raise TypeError(f"milestones must be a list of fewer than {MOST_STAGES:,} numbers, not {shown(milestones)}")
+        raise WrongType(f"milestones must be a list of fewer than {MOST_STAGES:,} numbers, not {shown(milestones)}")
     starts = [0, *(_milestone(m) for m in milestones)]
     if any(b <= a for a, b in zip(starts, starts[1:])):
-        raise ValueError(f"milestones must be positive and increase, not {shown(milestones)}")
+        raise WrongValue(f"milestones must be positive and increase, not {shown(milestones)}")
     return [s for s in starts if s < epochs]
 
-def _schedule(starts, sizes, decays, lr, epochs, warmup_epochs, base_batch_size, first):
-    "Stages of `sizes` at `starts`; each learning rate is the one before times its `decays`. `first` is a milestone."
-    warmup, peak = whole_number("warmup_epochs", warmup_epochs, least=0), lr
+# %% ../nbs/00_schedule.ipynb #450f7274
+def _growth(batch_size, max_batch_size, growth):
+    "The arguments as numbers. ValueError if a growing batch cannot end at `max_batch_size`."
+    size, top = whole_number("batch_size", batch_size), whole_number("max_batch_size", max_batch_size)
+    factor = real_number("growth", growth)
+    if factor <= 1: raise WrongValue(f"growth must be more than 1, not {shown(growth)}")
+    if top < size: raise WrongValue(f"max_batch_size ({top}) is below batch_size ({size})")
+    if math.log(top / size) > MOST_STAGES * math.log(factor):
+        raise WrongValue(f"growth ({factor}) is too close to 1: {size} to {top} takes more than {MOST_STAGES:,} steps")
+    if not factor.is_integer(): return size, top, factor
+    growth = int(factor)
+    if size * growth ** round(math.log(top / size, growth)) == top: return size, top, growth
+    below = size * growth ** int(math.log(top / size, growth))
+    raise WrongValue(f"max_batch_size ({top}) is not batch_size ({size}) times a power of growth ({growth}): "
+                     f"the nearest are {below} and {below * growth}")
+
+def _grown(size, growth, steps, top):
+    "The batch size after `steps` of growth: `size * growth**steps`, rounded to an integer, at most `top`."
+    if steps * math.log(growth) > math.log(top / size) + 1: return top
+    return min(round(size * growth**steps), top)
+
+def _warn_of_shortfall(reached, size, top, growth, epochs, milestones):
+    "Warn if the batch never reaches `top`, and say what would reach it."
+    if reached == top: return
+    needed = math.ceil(math.log(top / size) / math.log(growth) - 1e-9)
+    advice = f"every={(epochs - 1) // needed}" if epochs > needed else f"more than {needed} epochs"
+    if milestones is not None: advice = f"{needed} milestones before epoch {epochs}"
+    warnings.warn(f"the batch ends at {reached}, not at max_batch_size {top}: give {advice}, or "
+                  f"max_batch_size={reached} if that is meant", stacklevel=4)
+
+def _steps(size, top, growth, lr, lr_decay, every, epochs, warmup_epochs, base_batch_size, milestones):
+    "A schedule whose batch grows from `size` by `growth`, to `top`, and whose learning rate falls at every milestone."
+    lr, decay, epochs = positive_number("lr", lr), positive_number("lr_decay", lr_decay), whole_number("epochs", epochs)
+    starts, warmup = _starts(every, milestones, epochs), whole_number("warmup_epochs", warmup_epochs, least=0)
+    peak, first = lr, every if milestones is None else min(starts[1:], default=epochs)
     if warmup:
         if base_batch_size is None:
-            raise ValueError("a warm-up scales the learning rate by batch_size / base_batch_size: give base_batch_size")
+            raise WrongValue("a warm-up scales the learning rate by batch_size / base_batch_size: give base_batch_size")
         if warmup > first:
-            raise ValueError(f"warmup_epochs ({warmup}) must end before the first milestone ({first})")
-        peak = lr * sizes[0] / whole_number("base_batch_size", base_batch_size)
-    factors = accumulate(decays, operator.mul, initial=1)
-    stages = [Stage(start, size, peak * factor) for start, size, factor in zip(starts, sizes, factors)]
-    return Schedule(tuple(stages), epochs, warmup, lr if warmup else 0.0)
+            raise WrongValue(f"warmup_epochs ({warmup}) must end before the first milestone ({first})")
+        peak = lr * size / whole_number("base_batch_size", base_batch_size)
+    sizes = [_grown(size, growth, k, top) for k in range(len(starts))]
+    _warn_of_shortfall(sizes[-1], size, top, growth, epochs, milestones)
+    decays = [decay if b == a * growth else decay / growth * (b / a) for a, b in zip(sizes, sizes[1:])]
+    lrs = [peak * factor for factor in accumulate(decays, operator.mul, initial=1)]
+    return Schedule(tuple(map(Stage, starts, sizes, lrs)), epochs, warmup, lr if warmup else 0.0)
 
 # %% ../nbs/00_schedule.ipynb #37248e04
 def fixed(
@@ -212,42 +248,8 @@ def fixed(
 
     The learning rate begins at `lr` and is multiplied by `lr_decay` every `every` epochs, or at `milestones`. Over
     `warmup_epochs` it first rises from `lr` to `lr * batch_size / base_batch_size`, and decays from there."""
-    size, lr = whole_number("batch_size", batch_size), positive_number("lr", lr)
-    decay, epochs = positive_number("lr_decay", lr_decay), whole_number("epochs", epochs)
-    starts = _starts(every, milestones, epochs)
-    first = every if milestones is None else min(starts[1:], default=epochs)
-    sizes, decays = [size] * len(starts), [decay] * len(starts)
-    return _schedule(starts, sizes, decays, lr, epochs, warmup_epochs, base_batch_size, first)
-
-# %% ../nbs/00_schedule.ipynb #450f7274
-def _growth(batch_size, max_batch_size, growth):
-    "The arguments as numbers. ValueError if a growing batch cannot end at `max_batch_size`."
-    size, top = whole_number("batch_size", batch_size), whole_number("max_batch_size", max_batch_size)
-    factor = real_number("growth", growth)
-    if factor <= 1: raise ValueError(f"growth must be more than 1, not {shown(growth)}")
-    if top < size: raise ValueError(f"max_batch_size ({top}) is below batch_size ({size})")
-    if math.log(top / size) > MOST_STAGES * math.log(factor):
-        raise ValueError(f"growth ({factor}) is too close to 1: {size} to {top} takes more than {MOST_STAGES:,} steps")
-    if not factor.is_integer(): return size, top, factor
-    growth = int(factor)
-    if size * growth ** round(math.log(top / size, growth)) == top: return size, top, growth
-    below = size * growth ** int(math.log(top / size, growth))
-    raise ValueError(f"max_batch_size ({top}) is not batch_size ({size}) times a power of growth ({growth}): "
-                     f"the nearest are {below} and {below * growth}")
-
-def _grown(size, growth, steps, top):
-    "The batch size after `steps` of growth: `size * growth**steps`, rounded to an integer, at most `top`."
-    if steps * math.log(growth) > math.log(top / size) + 1: return top
-    return min(round(size * growth**steps), top)
-
-def _warn_of_shortfall(reached, size, top, growth, epochs, milestones):
-    "Warn if the batch never reaches `top`, and say what would reach it."
-    if reached == top: return
-    needed = math.ceil(math.log(top / size) / math.log(growth) - 1e-9)
-    advice = f"every={(epochs - 1) // needed}" if epochs > needed else f"more than {needed} epochs"
-    if milestones is not None: advice = f"{needed} milestones before epoch {epochs}"
-    warnings.warn(f"the batch ends at {reached}, not at max_batch_size {top}: give {advice}, or "
-                  f"max_batch_size={reached} if that is meant", stacklevel=3)
+    size = whole_number("batch_size", batch_size)
+    return _steps(size, size, 1, lr, lr_decay, every, epochs, warmup_epochs, base_batch_size, milestones)
 
 # %% ../nbs/00_schedule.ipynb #4952e5eb
 def adabatch(
@@ -270,14 +272,8 @@ def adabatch(
 
     The effective learning rate (lr / batch size) falls by `lr_decay / growth` at all milestones: where the batch grows
     by less than `growth`, because it is rounded or has reached `max_batch_size`, the learning rate falls by more."""
-    size, top, growth = _growth(batch_size, max_batch_size, growth)
-    lr, decay, epochs = positive_number("lr", lr), positive_number("lr_decay", lr_decay), whole_number("epochs", epochs)
-    starts = _starts(every, milestones, epochs)
-    first = every if milestones is None else min(starts[1:], default=epochs)
-    sizes = [_grown(size, growth, k, top) for k in range(len(starts))]
-    _warn_of_shortfall(sizes[-1], size, top, growth, epochs, milestones)
-    decays = [decay if b == a * growth else decay / growth * (b / a) for a, b in zip(sizes, sizes[1:])]
-    return _schedule(starts, sizes, decays, lr, epochs, warmup_epochs, base_batch_size, first)
+    sizes = _growth(batch_size, max_batch_size, growth)
+    return _steps(*sizes, lr, lr_decay, every, epochs, warmup_epochs, base_batch_size, milestones)
 
 # %% ../nbs/00_schedule.ipynb #7bbd30a7
 RULES = {"linear": 1.0, "sqrt": 0.5}
@@ -293,15 +289,15 @@ class _Staircase:
 
 def _values(scheduler, steps):
     "The learning rates of a PyTorch scheduler's first parameter group; scheduler and optimizer are left unchanged."
-    if steps > 10**7: raise ValueError(f"a scheduler with {steps} steps takes too long to read: give curve(progress)")
-    if getattr(scheduler, "last_epoch", 0): raise ValueError("the scheduler has already been stepped: create a new one")
+    if steps > 10**7: raise WrongValue(f"a scheduler with {steps} steps takes too long to read: give curve(progress)")
+    if getattr(scheduler, "last_epoch", 0): raise WrongValue("the scheduler has already been stepped: create a new one")
     try: inspect.signature(scheduler.step).bind()
     except TypeError:  # ReduceLROnPlateau's takes a metric
-        raise TypeError(f"{type(scheduler).__name__} depends on the course of training, so it has no curve") from None
+        raise WrongType(f"{type(scheduler).__name__} depends on the course of training, so it has no curve") from None
     for name in ("total_steps", "T_max"):
         if abs(getattr(scheduler, name, steps) - steps) <= 1: continue
         kind, told = type(scheduler).__name__, getattr(scheduler, name)
-        raise ValueError(f"{kind} has {name}={told}, but is read for {steps} steps: give steps={told}, or one with "
+        raise WrongValue(f"{kind} has {name}={told}, but is read for {steps} steps: give steps={told}, or one with "
                          f"{name}={steps}")
     groups, values = scheduler.optimizer.param_groups, []
     state = copy.deepcopy(scheduler.state_dict())
@@ -360,12 +356,12 @@ def from_lr_schedule(
     size, top, growth = _growth(batch_size, max_batch_size, growth)
     epochs, points = whole_number("epochs", epochs), None
     power = real_number("rule", RULES.get(rule, rule) if isinstance(rule, str) and rule in RULES else rule)
-    if not 0 <= power <= 1: raise ValueError(f"rule must be linear, sqrt or a power from 0 to 1, not {shown(rule)}")
+    if not 0 <= power <= 1: raise WrongValue(f"rule must be linear, sqrt or a power from 0 to 1, not {shown(rule)}")
     if hasattr(curve, "optimizer"):
         points = whole_number("steps", epochs if steps is None else steps)
         curve = _Staircase(_values(curve, points))
     if not callable(curve) or isinstance(curve, type):
-        raise TypeError(f"curve must be a function of progress or a scheduler, not {shown(curve)}")
+        raise WrongType(f"curve must be a function of progress or a scheduler, not {shown(curve)}")
     points, curve = points or 1024 * epochs, Curve(curve, size, power)
     most = math.ceil(math.log(top / size) / math.log(growth) - 1e-9)
     falls, peak = _falls(lambda k: curve.lr(k / points, size), points, growth, most)
@@ -387,7 +383,7 @@ def from_batch_sizes(
 ) -> Schedule:
     "A schedule of functions of the epoch, such as `lambda epoch: 64 + 8 * epoch`. ValueError, TypeError on bad input."
     epochs = whole_number("epochs", epochs, most=MOST_STAGES)
-    if not callable(batch_size): raise TypeError(f"batch_size must be a function of the epoch, not {shown(batch_size)}")
+    if not callable(batch_size): raise WrongType(f"batch_size must be a function of the epoch, not {shown(batch_size)}")
     sizes = [round(real_number("the batch size", batch_size(epoch))) for epoch in range(epochs)]
     stages = [Stage(k, size, lr(k) if callable(lr) else lr) for k, size in enumerate(sizes)]
     changed = [b for a, b in zip(stages, stages[1:]) if (a.batch_size, a.lr) != (b.batch_size, b.lr)]

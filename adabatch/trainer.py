@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PHASES', 'TEST_BATCH', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS', 'PhaseClock', 'EpochSums', 'cross_entropy',
            'percent_wrong', 'percent_outside_top5', 'out_of_memory', 'Step', 'eval_mode', 'evaluate', 'try_size',
-           'settle_buckets', 'check_loss', 'deferred_signals', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop',
-           'prepare', 'epoch_row', 'Trainer']
+           'settle_buckets', 'check_loss', 'deferred_signals', 'matching_checkpoint', 'Checkpoints', 'State',
+           'MicroBatch', 'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/06_trainer.ipynb #85b5762a
 import contextlib, copy, inspect, json, math, signal, time
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from . import WrongType, WrongValue
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
@@ -111,7 +112,7 @@ class Step:
         self.loss, self.metric, self.precision = loss, metric, precision
         self.dtype = next(model.parameters()).dtype
         self.net = torch.nn.parallel.DistributedDataParallel(model) if self.world.size > 1 else model
-        self.measure = self._compiled() if compile else self.loss_and_metric
+        self.forward = self._compiled() if compile else self.forward_eager
 
     def _compiled(self):
         "One graph per shape, with room for all stages: beyond the limit nothing more is compiled."
@@ -119,19 +120,15 @@ class Step:
         limits = torch._dynamo.config
         limits.cache_size_limit = max(64, limits.cache_size_limit)  # of recompilations: its name since PyTorch 2.0
         mode = "reduce-overhead" if self.device.type == "cuda" else None
-        return torch.compile(self.loss_and_metric, dynamic=False, mode=mode)
+        return torch.compile(self.forward_eager, dynamic=False, mode=mode)
 
-    def measures(self, net, x, y, *metrics):
-        "The loss and the metrics, summed over a batch, on the device; uncompiled."
+    def forward_eager(self, net, x, y, *others):
+        "Loss, metric and other metrics, summed over a batch, on the device; uncompiled."
         training = torch.is_grad_enabled()  # test outputs are float32: in bfloat16 too many are equal
         bf16 = training and self.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
             output = net(x.to(self.dtype) if x.is_floating_point() else x)
-            return self.loss(output, y), *[metric(output.detach(), y) for metric in metrics]
-
-    def loss_and_metric(self, net, x, y):
-        "Both, summed over a batch, on the device; uncompiled."
-        return self.measures(net, x, y, self.metric)
+            return self.loss(output, y), *[metric(output.detach(), y) for metric in (self.metric, *others)]
 
     def exchanging(self, last: bool):
         "Gradients are exchanged only in the backward pass of an update's last micro-batch."
@@ -144,7 +141,7 @@ class Step:
             x, y = next(batches)
             clock.mark("data")
             with self.exchanging(i == count):
-                loss, metric = self.measure(self.net, x, y)
+                loss, metric = self.forward(self.net, x, y)
                 sums.add(loss.detach(), metric, weight)
                 clock.mark("forward")
                 (loss * (weight * self.world.size / samples)).backward()
@@ -177,7 +174,7 @@ def evaluate(
     part = shard((0, data.test_size), world.rank, world.size)
     with eval_mode(step.model):
         for x, y in data.test_batches(micro_batches(part, TEST_BATCH)):
-            for total, value in zip(totals, step.measures(step.model, x, y, step.metric, *others)): total.add_(value)
+            for total, value in zip(totals, step.forward_eager(step.model, x, y, *others)): total.add_(value)
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
@@ -186,7 +183,7 @@ def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
     try:
         x, y = sample(size)
         for _ in range(2):
-            with step.exchanging(last=False): step.measure(step.net, x, y)[0].backward()
+            with step.exchanging(last=False): step.forward(step.net, x, y)[0].backward()
     except RuntimeError as error:
         if not out_of_memory(error): raise
         return error.with_traceback(None)  # its frames would keep the batch in memory
@@ -196,7 +193,7 @@ def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
 
 def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
     "Bring the gradient buckets of `DistributedDataParallel` into their final order."
-    with eval_mode(step.net): step.loss_and_metric(step.net, x, y)[0].backward()  # running statistics stay as they are
+    with eval_mode(step.net): step.forward_eager(step.net, x, y)[0].backward()  # running statistics stay as they are
     step.optimizer.zero_grad()
 
 def check_loss(step: Step, sample: Callable):
@@ -204,12 +201,12 @@ def check_loss(step: Step, sample: Callable):
     if step.loss is cross_entropy and step.metric in (percent_wrong, percent_outside_top5): return
     devices = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(step.model):
-        once, twice = (step.measures(step.model, *sample(count), step.metric) for count in (1, 2))
+        once, twice = (step.forward_eager(step.model, *sample(count)) for count in (1, 2))
     if not isinstance(once[0], torch.Tensor) or once[0].ndim or not once[0].requires_grad:
-        raise TypeError(f"the loss must be one number, as a tensor to differentiate, not {shown(once[0])}")
+        raise WrongType(f"the loss must be one number, as a tensor to differentiate, not {shown(once[0])}")
     for name, one, two in zip(("loss", "metric"), once, twice):
         if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
-            raise ValueError(f"the {name} must be summed over the samples: two copies of one must give twice as much")
+            raise WrongValue(f"the {name} must be summed over the samples: two copies of one must give twice as much")
 
 # %% ../nbs/06_trainer.ipynb #03c3a97d
 @contextlib.contextmanager
@@ -234,6 +231,16 @@ def deferred_signals() -> Iterator[list[int]]:
 # %% ../nbs/06_trainer.ipynb #ab72a3f6
 GO, SAVE, STOP = range(3)
 ASK_SECONDS = 0.25  # between two polls of all processes: a signal is answered within that time, or one update
+
+def matching_checkpoint(path: str | Path, identity: dict) -> dict | None:
+    "The checkpoint, if any. ValueError if it belongs to another experiment."
+    state = load_checkpoint(path)
+    if state is None: return None
+    if "identity" not in state: raise WrongValue(f"{path} is of another version of adabatch: delete it")
+    theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(identity))
+    differ = ", ".join(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
+    if not differ: return state
+    raise WrongValue(f"{path} was written with other settings ({differ}): delete it or use those settings")
 
 class Checkpoints:
     "Decides, for all processes together, when to write a checkpoint and when to stop."
@@ -266,13 +273,7 @@ class Checkpoints:
 
     def load(self) -> dict | None:
         "The checkpoint, on all ranks, if any. ValueError if it belongs to another experiment."
-        state = self.world.on_rank_0(lambda: load_checkpoint(self.path)) if self.path else None
-        if state is None: return None
-        if "identity" not in state: raise ValueError(f"{self.path} is of another version of adabatch: delete it")
-        theirs, ours = json.loads(state["identity"]), json.loads(json.dumps(self.identity))
-        differ = ", ".join(k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k))
-        if not differ: return state
-        raise ValueError(f"{self.path} was written with other settings ({differ}): delete it or use those settings")
+        return self.world.on_rank_0(lambda: matching_checkpoint(self.path, self.identity)) if self.path else None
 
 # %% ../nbs/06_trainer.ipynb #ac40609a
 @dataclass
@@ -358,19 +359,19 @@ def _reduction(loss):
 def _check_parts(model, optimizer, loss, precision, micro_batch):
     "One-line TypeError or ValueError for parts that would train nothing, or something else than planned."
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
+        raise WrongValue(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
     if micro_batch is not None: whole_number("micro_batch", micro_batch)
     if (reduction := _reduction(loss)) not in (None, "sum"):
-        raise ValueError(f"the loss must be summed over the samples: give it reduction='sum', not {reduction!r}")
+        raise WrongValue(f"the loss must be summed over the samples: give it reduction='sum', not {reduction!r}")
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError(f"optimizer must be one of torch.optim, but not LBFGS, not {type(optimizer).__name__}")
+        raise WrongType(f"optimizer must be one of torch.optim, but not LBFGS, not {type(optimizer).__name__}")
     if any(p.is_meta or torch.nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise ValueError("the model has lazy or meta parameters: give them values first, by a forward pass or to_empty")
+        raise WrongValue("the model has lazy or meta parameters: give them values first, by a forward pass or to_empty")
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(p.requires_grad and id(p) in optimized for p in model.parameters()):
-        raise ValueError("the optimizer has none of the model's parameters: build it with model.parameters()")
+        raise WrongValue("the optimizer has none of the model's parameters: build it with model.parameters()")
     if len({float(group["lr"]) for group in optimizer.param_groups}) > 1:
-        raise ValueError("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
+        raise WrongValue("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
                          "loop with a Plan and its lr_scheduler")
 
 # %% ../nbs/06_trainer.ipynb #f27a9ced
@@ -435,7 +436,7 @@ class EpochLoop:
 def prepare(loop: EpochLoop):
     "Find the micro-batches of all stages, and compile their graphs if asked, before training."
     begin, state = time.perf_counter(), loop.state
-    if not torch.is_grad_enabled(): raise ValueError("training needs gradients: call fit outside of torch.no_grad()")
+    if not torch.is_grad_enabled(): raise WrongValue("training needs gradients: call fit outside of torch.no_grad()")
     check_loss(loop.step, loop.micro_batch.sample)
     if not loop.model.training: loop.model.train()  # as in an update
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
@@ -523,19 +524,19 @@ class Trainer(EpochLoop):
         if saved is None: return
         before, now = saved.get("samples", self.plan.samples), self.plan.samples
         if before != now:
-            raise ValueError(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
+            raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                              "written: restore it, or remove the checkpoint to start again")
         plan = self._plan()
         if saved.get("plan", plan) != plan:
-            raise ValueError("the checkpoint is of another schedule or seed: delete it or use another path")
+            raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, ValueError, KeyError):  # of several lines
-            raise ValueError("the checkpoint is of another model or optimizer: delete it or use a new path") from None
+            raise WrongValue("the checkpoint is of another model or optimizer: delete it or use a new path") from None
         try: self.state.load(saved, self.world)
         except KeyError:
-            raise ValueError("the checkpoint is of another version of adabatch: delete it or use a new path") from None
+            raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
 
     def _plan(self):
         "The updates a checkpoint belongs to, as JSON."

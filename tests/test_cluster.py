@@ -15,7 +15,7 @@ from conftest import together
 
 from adabatch import record, sweep, train
 from adabatch.experiment import Experiment, resolve
-from adabatch.sweep import Cluster, state
+from adabatch.sweep import Cluster, status
 from adabatch.train import checkpoint_path
 
 SETTINGS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
@@ -118,7 +118,7 @@ def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(t
     cluster = Cluster(runs, kind="local", gpus=0)
     first, second = cluster.run()
     wait_for(lambda: checkpoint_path(runs[0]).exists())
-    assert state(runs[0]) == "running"
+    assert status(runs[0]) == "running"
     for pid in descendants(int(first.job_id)):
         os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
     for job in (first, second):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import small, start, together
 
-from adabatch import device as devices, experiment, train, trainer as engine
+from adabatch import WrongValue, device as devices, experiment, train, trainer as engine
 from adabatch.data import load_data
 from adabatch.device import Interrupted, process_group
 from adabatch.experiment import Experiment, resolve
@@ -75,12 +75,11 @@ def test_more_processes_than_gpus_are_refused_before_they_are_started(monkeypatc
 )
 def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, everywhere, said):
     def refuse():
-        error = ValueError("no")
+        error = WrongValue("no")
         if everywhere:
             error.from_rank_0 = True
         raise error
 
-    monkeypatch.setattr(experiment, "_refused", lambda error: True)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", rank)
     assert experiment.exit_code(refuse) == 2 and capsys.readouterr().err == said

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import time
@@ -9,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import papermill, start
 
-from adabatch import experiment, record, sweep, train
+from adabatch import WrongType, WrongValue, experiment, record, sweep, train
 from adabatch.device import Interrupted
 from adabatch.experiment import FIELDS, Experiment, arguments, from_notebook, resolve, select
 from adabatch.files import Busy, lock
-from adabatch.sweep import Sweep, state
+from adabatch.sweep import Sweep, status
 from adabatch.train import duration, main, run
 
 SHORT = dict(epochs=2, every=1, max_batch_size=32, device="cpu", save_weights=False)
@@ -151,16 +152,20 @@ def interrupted(e, at=(1, 5)):
         run(e, Stop())
 
 
-def test_an_interrupted_run_is_carried_on_also_cut_in_another_way(tmp_path, quick, capsys):
+def test_a_named_checkpoint_is_resumed_with_other_micro_batches(tmp_path, quick):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
     whole = run(replace(e, output_dir=str(tmp_path / "whole")))
     interrupted(e)
-    assert state(resolve(e)) == "interrupted in epoch 2 of 2"
-    accumulated = run(replace(e, micro_batch=7))
-    assert "resuming from" in capsys.readouterr().out
+    assert status(resolve(e)) == "interrupted in epoch 2 of 2"
+    checkpoint = str(resolve(e).path.with_suffix(".pt"))
+    with pytest.raises(ValueError, match="was written with other settings .lr"):
+        run(replace(e, lr=0.5, resume_from=checkpoint))
+    with pytest.raises(FileNotFoundError, match="absent.pt is not there"):
+        run(replace(e, micro_batch=7, resume_from=f"{tmp_path}/absent.pt"))
+    accumulated = run(replace(e, micro_batch=7, resume_from=checkpoint))
     assert accumulated.micro_batch.tolist() == [16, 0] and not accumulated.as_configured
-    pure = run(replace(e, micro_batch=7, resume="own", overwrite=True))
-    assert pure.micro_batch.tolist() == [7, 7] and pure.as_configured
+    pure = run(replace(e, micro_batch=7, overwrite=True))
+    assert pure.micro_batch.tolist() == [7, 7] and pure.environment["restarts"] == 0
     assert record.differences(run(e), whole) == []  # the interrupted run itself has lost nothing
     interrupted(replace(e, seed=1))
     with pytest.raises(ValueError, match="was written with other settings .momentum"):
@@ -180,29 +185,14 @@ def test_a_notebook_shows_an_interrupt_in_one_line(capsys):
     assert result.error_in_exec and capsys.readouterr().out == "stopped\n"
 
 
-def test_the_last_good_checkpoint_of_a_run_cut_otherwise_is_carried_on(tmp_path, quick, capsys):
+def test_a_run_that_has_a_checkpoint_goes_on_from_that(tmp_path, quick):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
-    interrupted(replace(e, checkpoint_minutes=0))
-    other = resolve(e).path.with_suffix(".pt")
-    other.write_bytes(other.read_bytes()[:100])
-    assert run(replace(e, micro_batch=7)).environment["restarts"] == 1 and "resuming from" in capsys.readouterr().out
-    other.unlink()  # killed between the two renames
-    run(replace(e, micro_batch=9))
-    assert "resuming from" in capsys.readouterr().out
-    interrupted(replace(e, micro_batch=5, resume="own", checkpoint_minutes=0), (1, 9))
-    own = resolve(replace(e, micro_batch=5)).path.with_suffix(".pt")
+    interrupted(e, (0, 3))
+    other = replace(e, micro_batch=5, resume_from=str(resolve(e).path.with_suffix(".pt")))
+    interrupted(other, (1, 9))
+    own = resolve(other).path.with_suffix(".pt")
     own.rename(f"{own}.previous")  # killed between the two renames
-    run(replace(e, micro_batch=5))
-    assert "resuming from" not in capsys.readouterr().out
-
-
-def test_a_run_cut_otherwise_that_is_still_being_made_is_not_carried_on_without_a_word(tmp_path, quick, capsys):
-    e = Experiment(output_dir=str(tmp_path), **SHORT)
-    interrupted(e)
-    with lock(resolve(e).path):  # as the process that makes it holds it
-        assert run(replace(e, micro_batch=7)).environment["restarts"] == 0
-    out = capsys.readouterr().out
-    assert f"{resolve(e).path.with_suffix('.pt')} is not resumed: another process is running it" in out
+    assert run(other).environment["restarts"] == 2
 
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
@@ -251,28 +241,26 @@ def test_a_compiled_run_is_not_carried_on_uncompiled(tmp_path):
     plain = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
     compiled = resolve(replace(plain.experiment, compile=True))
     assert train.identity(plain) != train.identity(compiled)
-    assert plain.path.parent == compiled.path.parent  # where an interrupted one is looked for
 
 
-def test_overwriting_takes_up_nothing(tmp_path, quick, capsys):
-    class Stop(train.Silent):
-        def on_update(self, epoch, update, updates):
-            signal.raise_signal(signal.SIGTERM)
+@pytest.mark.parametrize("error", [WrongValue("no"), WrongType("no"), FileNotFoundError("no"), MemoryError("no")])
+def test_a_command_says_in_one_line_what_is_wrong(error, capsys):
+    def command():
+        raise error
 
-    e = Experiment(output_dir=str(tmp_path), **SHORT)
-    with pytest.raises(Interrupted):
-        run(replace(e, micro_batch=7), Stop())
-    assert run(replace(e, overwrite=True)).environment["restarts"] == 0
-    assert "resuming" not in capsys.readouterr().out
+    assert experiment.exit_code(command) == 2 and capsys.readouterr().err == "error: no\n"
 
 
-def test_a_defect_of_our_own_keeps_its_traceback(capsys):
-    names = {"__package__": "adabatch"}
-    exec("def refuse(): raise TypeError('in one line')\ndef defect(): return 1 - None", names)
-    exec("def absent(): return open('nowhere')", names)
-    assert experiment.exit_code(names["refuse"]) == 2 and experiment.exit_code(names["absent"]) == 2
-    with pytest.raises(TypeError, match="unsupported operand"):
-        experiment.exit_code(names["defect"])
+@pytest.mark.parametrize("defect", [lambda: 1 - None, lambda: int("one"), lambda: {}["no"]])
+def test_a_defect_keeps_its_traceback(defect):
+    with pytest.raises((TypeError, ValueError, KeyError)):
+        experiment.exit_code(defect)
+
+
+def test_every_complaint_is_marked():
+    for path in Path("adabatch").glob("*.py"):
+        assert not re.findall(r"raise (?:Value|Type)Error\b", path.read_text()), path
+
 
 
 def test_numbers_that_papermill_makes_of_text_are_text_again():
@@ -389,14 +377,14 @@ def test_two_processes_never_make_the_same_run(tmp_path, quick, capsys):
     while not Path(f"{e.path}.held").exists():
         assert holder.is_alive()
         time.sleep(0.01)
-    assert state(e) == "running"
+    assert status(e) == "running"
     with pytest.raises(Busy, match="is being written by another process"):
         run(e)
     sweep = Sweep([e], "process")
     assert sweep.run() == [] and "left to the process that is making it" in capsys.readouterr().out
     holder.kill()
     holder.join()
-    assert state(e) == "to do" and run(e).epochs == 2
+    assert status(e) == "to do" and run(e).epochs == 2
 
 
 def test_the_paper_grid_is_what_the_paper_and_the_t4_reproduction_ran(capsys):

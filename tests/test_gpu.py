@@ -3,6 +3,7 @@ import tarfile
 import time
 from dataclasses import replace
 
+import gpu_smoke
 import pytest
 import torch
 
@@ -27,11 +28,11 @@ def noise():
 @pytest.fixture
 def rehearsal(tmp_path, monkeypatch, quick, noise):
     "Options of a rehearsal of four runs, in a process that has just begun."
-    load, whole = gpu.load_data, gpu.order_of_worth
+    load, whole = gpu.load_data, gpu.by_priority
     monkeypatch.setattr(gpu, "check", lambda *_: True)
     monkeypatch.setattr(gpu, "process_seconds", lambda: 0)
     monkeypatch.setattr(gpu, "load_data", lambda name, *a, **k: noise if name == "fake" else load(name, *a, **k))
-    monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: whole(**settings)[:4])
+    monkeypatch.setattr(gpu, "by_priority", lambda **settings: whole(**settings)[:4])
     return [
         "--rehearse",
         "--device",
@@ -88,7 +89,7 @@ def test_how_long_the_process_has_been_running():
 def test_an_absent_data_set_ends_it_before_the_first_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "check", lambda *_: pytest.fail("the check was made"))
     absent = resolve(Experiment("resnet50", "imagenet", data_dir=str(tmp_path / "none"), device="cpu"))
-    monkeypatch.setattr(gpu, "order_of_worth", lambda **settings: [resolve(Experiment(device="cpu")), absent])
+    monkeypatch.setattr(gpu, "by_priority", lambda **settings: [resolve(Experiment(device="cpu")), absent])
     assert gpu.main(["--rehearse", "--output_dir", str(tmp_path / "out")]) == 2
     assert "must hold class folders" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -100,12 +101,12 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, quick,
     )
     make = train.train
     monkeypatch.setattr(gpu, "train", lambda run, data: make(run, data=data) if run is good else 1 / 0)
-    assert gpu.spend([bad, good], gpu.load_all([bad, good]), 300) == 1
+    assert gpu.run_until([bad, good], gpu.load_all([bad, good]), 300) == 1
     assert "FAILED, ZeroDivisionError" in capsys.readouterr().out and good.path.exists()
 
 
 def test_after_the_time_is_up_nothing_is_begun(tmp_path, capsys):
-    assert gpu.spend([resolve(Experiment(output_dir=str(tmp_path), device="cpu"))], {}, 0) == 0
+    assert gpu.run_until([resolve(Experiment(output_dir=str(tmp_path), device="cpu"))], {}, 0) == 0
     assert "the time is up" in capsys.readouterr().out and list(tmp_path.iterdir()) == []
 
 
@@ -181,11 +182,11 @@ def test_a_compiler_that_raises_is_a_line_and_the_runs_are_made_uncompiled(tmp_p
 
 def test_a_step_of_the_smoke_script_that_fails_does_not_stop_the_others(monkeypatch, capsys):
     ran = []
-    for name in ("ten_updates", "clock_agrees", "memory_limit", "interrupted_command", "plan"):
-        monkeypatch.setattr(gpu, name, lambda *a, name=name: ran.append(name) or name)
-    monkeypatch.setattr(gpu, "clock_agrees", lambda device: 1 / 0)
+    for name in ("ten_updates", "clock_agrees", "memory_limit", "interrupted_command", "fit_report"):
+        monkeypatch.setattr(gpu_smoke, name, lambda *a, name=name: ran.append(name) or name)
+    monkeypatch.setattr(gpu_smoke, "clock_agrees", lambda device: 1 / 0)
     monkeypatch.setattr(gpu.Question, "ask", lambda q: ran.append(q.text) or True)
-    assert gpu.main(["--smoke", "--rehearse", "--device", "cpu"]) == 1
+    assert not gpu_smoke.smoke("cpu", minutes=9, rehearse=True)
     assert (
         "BAD clock" in capsys.readouterr().out
         and ran[0] == "ten_updates"
@@ -195,10 +196,10 @@ def test_a_step_of_the_smoke_script_that_fails_does_not_stop_the_others(monkeypa
 
 
 def test_memory_that_is_not_halved_is_noticed(monkeypatch):
-    assert "micro-batches [256, 256], 1 restart" == gpu.memory_limit("cpu")
-    monkeypatch.setattr(gpu, "limited_memory", lambda *a: contextlib.nullcontext())
+    assert "micro-batches [256, 256], 1 restart" == gpu_smoke.memory_limit("cpu")
+    monkeypatch.setattr(gpu_smoke, "limited_memory", lambda *a: contextlib.nullcontext())
     with pytest.raises(RuntimeError, match="512, 512"):
-        gpu.memory_limit("cpu")
+        gpu_smoke.memory_limit("cpu")
 
 
 def test_runs_are_taken_in_order_while_they_fit():
@@ -206,9 +207,9 @@ def test_runs_are_taken_in_order_while_they_fit():
     runs = [
         resolve(Experiment("resnet20", "cifar10", "fixed", 128, epochs=epochs, device="cpu")) for epochs in (10, 100, 5)
     ]
-    one = gpu.seconds_of(runs[0], rates)
+    one = gpu_smoke.seconds_of(runs[0], rates)
     assert one == pytest.approx(10 * (50_000 + 10_000 / 3) * 1e-5)
-    assert gpu.that_fit(runs, 1.6 * one, rates) == [runs[0], runs[2]]
+    assert gpu_smoke.that_fit(runs, 1.6 * one, rates) == [runs[0], runs[2]]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -218,12 +219,12 @@ def test_without_a_gpu_it_says_so(capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_smoke_script_on_a_gpu():
-    assert gpu.smoke("cuda", minutes=9)
+    assert gpu_smoke.smoke("cuda", minutes=9)
 
 
 def test_two_processes_on_one_device_and_a_difference_between_them(monkeypatch):
-    change = gpu.two_processes("cpu").make()
-    question = replace(gpu.two_processes("cpu"), make=lambda: change)
+    change = gpu_smoke.two_processes("cpu").make()
+    question = replace(gpu_smoke.two_processes("cpu"), make=lambda: change)
     assert question.ask()
     monkeypatch.setattr(Step, "update", first_layer_off)  # of the reference, made here
     assert not question.ask()

@@ -42,7 +42,7 @@ def test_the_plan_is_what_a_trainer_computes_epoch_by_epoch(drop_last):
             order = draw_epoch(100, 3, epoch).order
             for k, batch in enumerate(slices):
                 now = plan.at(update := next(updates))
-                assert (now.number, now.epoch, now.batch, now.weight) == (update, epoch, batch, 1.0)
+                assert (now.index, now.epoch, now.batch, now.weight) == (update, epoch, batch, 1.0)
                 assert now.batch_size == size
                 assert now.lr == plan.lr(update) == schedule.lr(epoch, k / len(slices))  # to the bit
                 assert plan.indices(update) == order[slice(*batch)].tolist()
