@@ -296,6 +296,7 @@ GRIDS = {
 }
 GRIDS["cpu"] = _cpu()
 
+# %% ../nbs/08_experiment.ipynb #040b1a01
 def select(
     grid: str,  # one of `GRIDS`
     seeds: int = 1,  # runs of every arm

@@ -521,6 +521,7 @@ def _controls(evidence):
             "The best constant batch for as many updates has not been run yet.")
     return Finding(text, early.word == "holds" and not evidence[control_key("constant batch")])
 
+# %% ../nbs/12_report.ipynb #3953f401
 def stored(output_dir: str | Path, name: str) -> dict | None:
     "Numbers that a measuring notebook stored beside the records; None where they are absent or damaged."
     try: found = json.loads(Path(output_dir, name).read_text(encoding="utf-8"))

@@ -234,6 +234,7 @@ def _save(run, trainer):
     remove_checkpoint(checkpoint_path(run))
     return record.load(run.path)
 
+# %% ../nbs/09_train.ipynb #19f44101
 def train(
     run: Run,
     progress=None,  # what to show: an object with the methods of `Silent`

@@ -465,6 +465,29 @@ def epoch_row(loop: EpochLoop) -> dict:
     row |= dict(zip(loop.test_metrics, others))
     return row | dict(zip(names, mean)) | {f"{name}_slowest": s for name, s in zip(names, slowest)}
 
+# %% ../nbs/06_trainer.ipynb #d13cdf02
+def _updates(loop):
+    "The updates a checkpoint belongs to, as JSON."
+    return json.dumps([loop.seed, *([s.update, s.stage.batch_size, s.stage.lr] for s in loop.plan.segments)])
+
+def _resume(loop, saved):
+    "Restore what a checkpoint holds, if there is one. ValueError if it is not of this training."
+    if saved is None: return
+    before, now = saved.get("samples", loop.plan.samples), loop.plan.samples
+    if before != now:
+        raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
+                         "written: restore it, or remove the checkpoint to start again")
+    if saved.get("plan", _updates(loop)) != _updates(loop):
+        raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
+    try:
+        loop.model.load_state_dict(saved["model"])
+        loop.optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError):  # of several lines
+        raise WrongValue("the checkpoint is of another model or optimizer: delete it or use a new path") from None
+    try: loop.state.load(saved, loop.world)
+    except KeyError:
+        raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
+
 # %% ../nbs/06_trainer.ipynb #d13cdf03
 class Trainer(EpochLoop):
     """Trains a model along a schedule. The results are the same, up to rounding, for any number of processes and any
@@ -488,7 +511,7 @@ class Trainer(EpochLoop):
         signals = deferred_signals() if checkpoint else contextlib.nullcontext([])
         with device_settings(self.device, self.precision), signals as received:
             saver = Checkpoints(checkpoint, identity or {}, checkpoint_minutes, self.world, received)
-            self._resume(saver.load())
+            _resume(self, saver.load())
             prepare(self)
             state = self.state
             if origin and origin not in state.origins: state.origins.append(origin)
@@ -517,26 +540,4 @@ class Trainer(EpochLoop):
 
     def _save(self, saver):
         parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-        saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=self._plan()))
-
-    def _resume(self, saved):
-        if saved is None: return
-        before, now = saved.get("samples", self.plan.samples), self.plan.samples
-        if before != now:
-            raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
-                             "written: restore it, or remove the checkpoint to start again")
-        plan = self._plan()
-        if saved.get("plan", plan) != plan:
-            raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
-        try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError):  # of several lines
-            raise WrongValue("the checkpoint is of another model or optimizer: delete it or use a new path") from None
-        try: self.state.load(saved, self.world)
-        except KeyError:
-            raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
-
-    def _plan(self):
-        "The updates a checkpoint belongs to, as JSON."
-        return json.dumps([self.seed, *([s.update, s.stage.batch_size, s.stage.lr] for s in self.plan.segments)])
+        saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=_updates(self)))
