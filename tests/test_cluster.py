@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import together
+from test_crash import children
 
 from adabatch import record, sweep, train
 from adabatch.experiment import Experiment, resolve
@@ -41,11 +41,7 @@ def wait_for(found, seconds=120):
 
 def descendants(pid):
     "The process ids of children and their children."
-    try:
-        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return [p for child in children for p in (child, *descendants(child))]
+    return [p for child in children(pid) for p in (child, *descendants(child))]
 
 
 # --- two nodes
@@ -110,7 +106,6 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
 
 
 def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(tmp_path):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     runs = [
         resolve(Experiment(**SETTINGS, seed=seed, checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs")))
         for seed in (0, 1)
@@ -138,7 +133,6 @@ SACCT = '#!/bin/sh\nprintf "JobID|State|NodeList\\n12|PENDING|none\\n"\n'
 
 
 def test_the_command_submits_once_and_shows_the_queue(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     for name, text in dict(sbatch=SBATCH.format(tmp_path), sacct=SACCT, srun="#!/bin/sh\n").items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -163,7 +157,6 @@ def test_without_submitit_the_command_says_what_to_install(monkeypatch, capsys):
 
 
 def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     run = resolve(Experiment(device="cpu", output_dir=str(tmp_path)))
     kept = []
 

@@ -1,5 +1,6 @@
 """Runs killed at any moment end in the record of a run that was left alone."""
 
+import contextlib
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from conftest import small, start, together
 
 from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
+from adabatch.files import lock
 from adabatch.train import existing
 
 RUN = Experiment(
@@ -116,12 +118,16 @@ def two_epochs(folder):
     train.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
 
 
-def worker(launcher, rank):
+def children(pid):
+    "Their process ids; none if the process has ended."
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def worker(torchrun, rank):
     "The process id of a rank, once its first checkpoint is there."
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    raise AssertionError(f"no rank {rank}")
+    mark = f"\0RANK={rank}\0".encode()
+    return next(child for child in children(torchrun) if mark in b"\0" + Path(f"/proc/{child}/environ").read_bytes())
 
 
 def wait_for(path, launcher, seconds=120):
@@ -131,20 +137,28 @@ def wait_for(path, launcher, seconds=120):
         time.sleep(0.02)
 
 
+def wait_until_free(path, seconds=30):
+    "The last thread of a killed process frees its memory before it lets go of its lock."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError), lock(path):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} is still locked")
+
+
 def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
     name = "digits/alexnet/adabatch-64-128-epochs2-every1-x3-seed0"
     together(3, two_epochs, str(tmp_path / "whole"))
     failing = torchrun(tmp_path / "killed")
     wait_for(tmp_path / "killed" / f"{name}.pt", failing)
-    os.kill(worker(failing, 1), signal.SIGKILL)
-    begin = time.monotonic()
+    os.kill(worker(failing.pid, 1), signal.SIGKILL)
     output = failing.communicate(timeout=120)[0]
-    print(f"ended {time.monotonic() - begin:.1f} s after the kill, exit code {failing.returncode}")
     assert failing.returncode == 1 and "Signal 9 (SIGKILL)" in output and "rank" in output
 
     restarted = torchrun(tmp_path / "restarted", "--max-restarts", "1")
     wait_for(tmp_path / "restarted" / f"{name}.pt", restarted)
-    os.kill(worker(restarted, 2), signal.SIGKILL)
+    os.kill(worker(restarted.pid, 2), signal.SIGKILL)
     output = restarted.communicate(timeout=300)[0]
     assert restarted.returncode == 0, output
     whole, again = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "restarted"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from conftest import papermill, start
 
 from adabatch import WrongType, WrongValue, experiment, record, sweep, train
@@ -180,8 +181,7 @@ def test_a_resumed_run_says_what_is_done(tmp_path, quick, capsys):
 
 
 def test_a_notebook_shows_an_interrupt_in_one_line(capsys):
-    shell = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
-    result = shell.run_cell("from adabatch.device import Interrupted\nraise Interrupted('stopped', 2)")
+    result = InteractiveShell().run_cell("from adabatch.device import Interrupted\nraise Interrupted('stopped', 2)")
     assert result.error_in_exec and capsys.readouterr().out == "stopped\n"
 
 

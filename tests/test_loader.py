@@ -4,8 +4,10 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as some
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from adabatch.data import draw_epoch
@@ -111,37 +113,6 @@ def test_an_interrupted_epoch_is_finished_before_the_next():
     for _ in plan.by_epoch():
         break
     assert len(plan) == plan.updates == 15  # outside of the loop over epochs, the whole training again
-
-
-@pytest.mark.parametrize("workers", [0, 2, 4])
-@pytest.mark.parametrize("by_epoch", [False, True])
-def test_stateful_data_loader(workers, by_epoch):
-    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    stateful = torchdata.StatefulDataLoader
-    whole = list(Plan(AT_5, 100))
-    for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
-        plan = Plan(AT_5, 100)
-        first = stateful(Indices(), batch_sampler=plan, num_workers=workers)
-        plan.lr_scheduler(groups(0.1))
-        got = []
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            if len(got) == received:
-                break
-            for indices, _ in first:
-                got.append(indices.tolist())
-                if len(got) == received:
-                    break
-            if len(got) == received:
-                break
-        state = first.state_dict()
-        assert got == whole[:received] and len(pickle.dumps(state)) < 2000
-        plan = Plan(AT_5, 100)
-        plan.start = received
-        second = stateful(Indices(), batch_sampler=plan, num_workers=workers)
-        second.load_state_dict(copy.deepcopy(state))
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            got += [indices.tolist() for indices, _ in second]
-        assert got == whole
 
 
 def test_the_state_is_a_number():
@@ -299,9 +270,6 @@ def test_a_long_training_is_planned_at_once():
 
 
 def test_properties_of_any_plan():
-    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
-    from hypothesis import strategies as some
-
     @some.composite
     def plans(draw):
         samples, starts = draw(some.integers(1, 60)), some.integers(1, 60).map(lambda k: k / 16)

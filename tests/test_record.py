@@ -2,8 +2,10 @@ import errno
 import os
 import sys
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import strategies as some
 
 from adabatch import record
 
@@ -42,9 +44,6 @@ def test_round_trip(tmp_path):
 
 
 def test_any_record_is_read_as_it_was_saved(tmp_path):
-    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
-    from hypothesis import strategies as some
-
     kinds = {name: some.integers(-(2**63), 2**63 - 1) for name in record.COUNTS}
     kinds |= {name: some.floats() for name in (*record.MEASURES, *record.CLOCKS)}
     text = some.text(some.characters(exclude_categories=["Cs"]))

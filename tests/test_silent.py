@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import small, together
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from adabatch import files, record, train
 from adabatch.data import load_data
@@ -394,9 +395,8 @@ def test_resumed_in_the_wrong_order():
 
 
 def test_epochs_of_a_stateful_loader():
-    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     plan, _, optimizer, scheduler = parts()
-    loader = stateful.StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
+    loader = StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
     for _ in loader:
         step(optimizer, scheduler)
         if plan.start == 14:
@@ -405,7 +405,7 @@ def test_epochs_of_a_stateful_loader():
 
     def resumed(load):
         plan = Plan(SCHEDULE, 100)
-        loader = stateful.StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
+        loader = StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
         load(plan)
         loader.load_state_dict(copy.deepcopy(state))
         return [(epoch, len(list(loader))) for epoch in plan.by_epoch()]
