@@ -22,7 +22,6 @@ FIRST, LAST = (next(i for i, c in enumerate(CELLS) if c.startswith(h)) for h in 
 RECIPES = {m[1]: cell for cell in CELLS[:FIRST] if (m := re.search(r"^def train_(\w+)\(", cell, re.M))}
 PACKAGES = dict(accelerate="accelerate", transformers="transformers", lightning="lightning", fabric="lightning")
 
-
 def execute(recipe):
     "The page without its other recipes."
     names = {}
@@ -31,7 +30,6 @@ def execute(recipe):
     exec("\n".join([saving, *code, RECIPES[recipe]]), names)
     return names
 
-
 def run(recipe, package, folder):
     names = execute(recipe)
     names["folder"] = folder  # the same in all processes
@@ -39,12 +37,10 @@ def run(recipe, package, folder):
     names["schedule"] = Schedule(stages, epochs=3)
     names["check"](package, names[f"train_{recipe}"])
 
-
 @pytest.mark.parametrize("recipe", ["processes", "micro_batches", *PACKAGES])
 def test_in_two_processes(recipe, tmp_path):
     package = PACKAGES.get(recipe, "torch")
     together(2, run, recipe, package, tmp_path)
-
 
 def test_every_cell_can_be_copied_alone():
     assert len(RECIPES) >= 12
@@ -52,7 +48,6 @@ def test_every_cell_can_be_copied_alone():
         command = [sys.executable, "-m", "ruff", "check", "--quiet", "--isolated", "--select", "F821,F401", "-"]
         found = subprocess.run(command, input=cell, capture_output=True, text=True)
         assert found.returncode == 0, f"{name}: {found.stdout}"
-
 
 def test_a_sampler_of_ones_own_is_dealt_to_the_processes():
     "The shards of two processes are the batches of one."
@@ -62,13 +57,11 @@ def test_a_sampler_of_ones_own_is_dealt_to_the_processes():
     assert [a + b for a, b in zip(*two, strict=True)] == batches
     assert any(len(set(batch)) < len(batch) for batch in batches)  # drawn with replacement
 
-
 def test_a_loader_prepared_by_accelerate_loses_no_sample():
     "It deals out whole batches in turn; were `plan.batch_size` a number, it would drop those of another size."
     plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), 100)
     first, second = (BatchSamplerShard(plan, 2, process) for process in range(2))
     assert [batch for pair in zip(first, second, strict=True) for batch in pair] == list(plan)
-
 
 @pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("by_epoch", [False, True])
@@ -80,20 +73,16 @@ def test_stateful_data_loader(workers, by_epoch):
         plan.lr_scheduler(groups(0.1))
         got = []
         for _ in plan.by_epoch() if by_epoch else [0]:
-            if len(got) == received:
-                break
+            if len(got) == received: break
             for indices, _ in first:
                 got.append(indices.tolist())
-                if len(got) == received:
-                    break
-            if len(got) == received:
-                break
+                if len(got) == received: break
+            if len(got) == received: break
         state = first.state_dict()
         assert got == whole[:received] and len(pickle.dumps(state)) < 2000
         plan = Plan(AT_5, 100)
         plan.start = received
         second = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
         second.load_state_dict(copy.deepcopy(state))
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            got += [indices.tolist() for indices, _ in second]
+        for _ in plan.by_epoch() if by_epoch else [0]: got += [indices.tolist() for indices, _ in second]
         assert got == whole
