@@ -18,28 +18,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's backgroun
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._dynamo"])
 
-
 def small(dtype=torch.float32):
     "A network without batch normalisation that trains on digits in a moment; always the same initial weights."
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 10)
-    ).to(dtype)
-
+        torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 10)).to(dtype)
 
 def _enter(function, rank, size, port, args):
     if size > 1:
         os.environ |= dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     function(*args)
-
 
 def start(function, *args, rank=0, size=1, port=0):
     child = processes.Process(target=_enter, args=(function, rank, size, port, args))
     child.start()
     return child
-
 
 def together(size, function, *args, seconds=120):
     "Run `function(*args)` in `size` processes that find one another as torchrun's do. Fails if one of them does."
@@ -47,30 +41,23 @@ def together(size, function, *args, seconds=120):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     children = [start(function, *args, rank=rank, size=size, port=port) for rank in range(size)]
-    for child in children:
-        child.join(seconds)
+    for child in children: child.join(seconds)
     codes = [child.exitcode for child in children]
-    for child in children:
-        child.kill()
+    for child in children: child.kill()
     assert codes == [0] * size, f"exit codes {codes}"
-
 
 @pytest.fixture
 def quick(monkeypatch):
     "Experiments train a small network instead of the one they name."
     monkeypatch.setattr(train, "get_model", lambda name, classes: small())
 
-
 @pytest.fixture
 def cifar10():
     "The folder of the real images."
-    if not Path("data/cifar10").is_dir():
-        pytest.skip("needs CIFAR-10 as class folders in data/cifar10")
+    if not Path("data/cifar10").is_dir(): pytest.skip("needs CIFAR-10 as class folders in data/cifar10")
     return "data"
 
-
 sys.path.insert(0, str(Path(__file__).parent))
-
 
 def papermill(folder, notebook="run"):
     "The command that executes a notebook with its outputs in the folder; parameters may follow."

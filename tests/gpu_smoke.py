@@ -31,7 +31,6 @@ from adabatch.gpu import (
 from adabatch.train import commit, device_name, environment, make_trainer
 from adabatch.trainer import Trainer, prepare
 
-
 def _describe(device):
     "What the machine is."
     where = torch.device(device)
@@ -40,10 +39,8 @@ def _describe(device):
             f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
             f"python {platform.python_version()}, commit {commit()}")
 
-
 @functools.cache
 def _noise(device): return load_data("fake", device=device)
-
 
 def _one_stage(model, device, batch_size, updates, precision="fp32"):
     "A trainer of one epoch with `updates` updates on random images."
@@ -52,7 +49,6 @@ def _one_stage(model, device, batch_size, updates, precision="fp32"):
     if batch_size * updates > len(data.labels): raise ValueError(f"the noise is {data.train_size:,} samples")
     data.train_size, data.test_size = batch_size * updates, 50  # shared by all steps
     return make_trainer(resolve(e, here=False), data)
-
 
 def _epoch_seconds(trainer) -> tuple[float, list[float]]:
     "Seconds of one epoch by a synchronised clock, and the trainer's own: of its phases, and of everything."
@@ -63,16 +59,13 @@ def _epoch_seconds(trainer) -> tuple[float, list[float]]:
         synchronize(trainer.device)
         return time.perf_counter() - begin, trainer.state.sums.seconds
 
-
 def ten_updates(device: str) -> str:
     "Ten updates in which any host synchronisation raises RuntimeError."
     trainer = _one_stage("resnet20", device, 64, 10)
     strict = trainer.device.type == "cuda"
-
     def watch(on):
         if strict: torch.cuda.set_sync_debug_mode("error" if on else "default")
     update, make = trainer.step.update, []
-
     def watched(*args):
         make.append(1)
         watch(len(make) > 1)  # lazy initialisation may synchronise
@@ -82,14 +75,12 @@ def ten_updates(device: str) -> str:
     trainer.fit()
     return f"{len(make)} updates, {'none waited' if strict else 'waiting is not watched on this device'}"
 
-
 def clock_agrees(device: str) -> str:
     "Does the trainer's clock agree with a synchronised one? RuntimeError if they differ by 5 %."
     whole, (*phases, own) = _epoch_seconds(_one_stage("alexnet", device, 64, 20))
     found = f"synchronised {whole:.3f} s, the trainer's {own:.3f} s, its phases {sum(phases):.3f} s"
     if abs(own / whole - 1) > 0.05 or abs(sum(phases) / whole - 1) > 0.05: raise RuntimeError(found)
     return found
-
 
 @contextlib.contextmanager
 def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
@@ -111,13 +102,11 @@ def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
     try: yield
     finally: torch.cuda.set_per_process_memory_fraction(1.0, device)
 
-
 def memory_limit(device: str) -> str:
     "A batch that does not fit is halved, recorded as such, and halved again on resume."
     run = resolve(Experiment("resnet20", "digits", "fixed", 512, epochs=2, every=1, device=str(device)))
     data = load_data("digits", device=device)
     data.train_size, data.test_size = 512, 50
-
     def stop(epoch, row): signal.raise_signal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as tmp:
         for on_epoch in (stop, lambda epoch, row: None):
@@ -131,16 +120,13 @@ def memory_limit(device: str) -> str:
     if not halved: raise RuntimeError(found)
     return found
 
-
 def _command(device, output_dir):
     settings = dict(model="alexnet", batch_size=32, max_batch_size=64, every=1, epochs=4, device=device,
                     output_dir=output_dir, save_weights=False)
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     return [sys.executable, "-u", "-m", "adabatch.train", *options]
 
-
 def _record(folder): return record.load(next(Path(folder).rglob("*.npz")))
-
 
 def interrupted_command(device: str) -> str:
     "The command, stopped by SIGTERM after an epoch and repeated, makes the record of an undisturbed run."
@@ -159,7 +145,6 @@ def interrupted_command(device: str) -> str:
     if cut.environment["restarts"] != 1 or not same: raise RuntimeError(found)
     return found
 
-
 def throughput(device: str, precision: str, rehearse: bool) -> dict[tuple[str, int], float]:
     "Seconds per training sample of (network, batch size), at both ends of the paper's batch sizes."
     found = {}
@@ -173,7 +158,6 @@ def throughput(device: str, precision: str, rehearse: bool) -> dict[tuple[str, i
             found[model, size] = _epoch_seconds(trainer)[0] / (measured * updates)
     return found
 
-
 def seconds_of(run: Run, seconds_per_sample: dict[tuple[str, int], float]) -> float:
     "How long a run will take; testing a sample costs a third of training on it."
     e, total = run.experiment, 0.0
@@ -184,7 +168,6 @@ def seconds_of(run: Run, seconds_per_sample: dict[tuple[str, int], float]) -> fl
         total += (50_000 + 10_000 / 3) * (slow + share * (fast - slow))
     return total
 
-
 def that_fit(runs: list[Run], seconds: float, seconds_per_sample: dict[tuple[str, int], float]) -> list[Run]:
     "The runs, in order, that fit into the time."
     chosen = []
@@ -194,7 +177,6 @@ def that_fit(runs: list[Run], seconds: float, seconds_per_sample: dict[tuple[str
             chosen.append(run)
             seconds -= needed
     return chosen
-
 
 def fit_report(device: str, minutes: float, rehearse: bool) -> str:
     "Measure the networks in each precision, and list the runs that fit into the time."
@@ -208,14 +190,12 @@ def fit_report(device: str, minutes: float, rehearse: bool) -> str:
         lines += [f"  {run.path.as_posix()}" for run in runs]
     return "\n    ".join(lines)
 
-
 def _process_of_two(rank, folder, device):
     "One of two processes, which exchange gradients by gloo and may share a GPU."
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     changed = change(short(device, torch.float64, processes=1))
     if rank == 0: torch.save(changed, f"{folder}/change.pt")
     dist.destroy_process_group()
-
 
 def two_processes(device: str) -> Question:
     "Do two processes on one device make the same training as one?"
@@ -226,7 +206,6 @@ def two_processes(device: str) -> Question:
     return Question("two processes on one device against one, float64", made,
                     lambda: change(short(device, torch.float64)), distance, 1e-7)
 
-
 def _try(name, step):
     "Run a step of the smoke test, and print its result and time. True unless it raised."
     begin = time.monotonic()
@@ -235,7 +214,6 @@ def _try(name, step):
     if isinstance(found, bool): good, found = found, ""
     print(f"{'ok ' if good else 'BAD'} {name} [{time.monotonic() - begin:.0f} s] {found}", flush=True)
     return good
-
 
 def smoke(device: str, minutes: float, rehearse: bool = False) -> bool:
     "Check what only a GPU can show. True if nothing failed."
@@ -250,19 +228,15 @@ def smoke(device: str, minutes: float, rehearse: bool = False) -> bool:
              ("compile", compile_question(device, "fp32").ask)]
     return not [name for name, step in steps if not _try(name, step)]
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9, help="that the runs are to fit into (default: 9)")
     parser.add_argument("--device", default=best_device())
     parser.add_argument("--rehearse", action="store_true", help="in small, on whatever device there is")
     options = parser.parse_args()
-
     def command():
         check_device(options.device)
         return 0 if smoke(**vars(options)) else 1
     return exit_code(command)
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__": sys.exit(main())

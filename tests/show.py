@@ -17,15 +17,11 @@ LARGEST = 100_000  # bytes of a figure
 STYLE = {"OMP_NUM_THREADS": "1", "IN_TEST": "1", "MATPLOTLIBRC": str(ROOT / "tests/matplotlibrc"),
          "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, which would draw its bars with ipywidgets
 
-
-def notebooks():
-    return sorted(ROOT.glob("nbs/*.ipynb"))
-
+def notebooks(): return sorted(ROOT.glob("nbs/*.ipynb"))
 
 def kept_elsewhere(path):
     "Is the executed notebook evidence, kept under outputs/?"
     return any(ROOT.glob(f"outputs/{path.name}")) or any(ROOT.glob(f"outputs/*/{path.name}"))
-
 
 def execute(path):
     "The notebook, executed in its folder by a kernel of its own. Raises nbclient's error if a cell does."
@@ -34,14 +30,12 @@ def execute(path):
                             resources={"metadata": {"path": str(path.parent)}})
     return client.execute(env=os.environ | STYLE)
 
-
 def shown(output):
     "What a reader sees of an output: its text, or that it is a figure."
     if output.output_type == "stream": return output.text
     data = output.get("data", {})
     if "image/png" in data: return "<figure>\n"
     return data.get("text/markdown") or data.get("text/plain", "")
-
 
 def complaint(cell, executed):
     "What is wrong with the stored outputs of a cell, or None."
@@ -56,14 +50,12 @@ def complaint(cell, executed):
     if not stored: return "its output is not stored"
     return f"it gives {str(now)[:200]!r}, but shows {str(stored)[:200]!r}"
 
-
 def complaints(path):
     "One line for each cell of a notebook that shows something else than executing it gives."
     executed, stored = execute(path), nbformat.read(path, as_version=4)
     if kept_elsewhere(path): return []
     pairs = [(s, e) for s, e in zip(stored.cells, executed.cells) if s.cell_type == "code"]
     return [f"{path.stem}, cell {s.id}: {found}" for s, e in pairs if (found := complaint(s, e))]
-
 
 if __name__ == "__main__":
     for path in map(Path, sys.argv[1:] or [p for p in notebooks() if not kept_elsewhere(p)]):

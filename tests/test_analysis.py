@@ -6,10 +6,8 @@ from scipy import stats
 
 from adabatch import record
 from adabatch.analysis import (
-    PAPER, Comparison, Spread, collect, compare, compare_control, control_key, endpoint, judge, paired_interval, pool,
-)
+    PAPER, Comparison, Spread, collect, compare, compare_control, control_key, endpoint, judge, paired_interval, pool)
 from adabatch.experiment import Experiment, resolve
-
 
 def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
     "A record of two epochs; `row` and `made` go into its epochs and its environment, `settings` into the experiment."
@@ -22,20 +20,15 @@ def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
     record.save(run.path, rows, run.config, environment | dict(made), "complete")
     return run.path
 
-
-def by_seed(values):
-    return dict(enumerate(values))
-
+def by_seed(values): return dict(enumerate(values))
 
 def lasting(errors, lr):
     return record.Record(dict(test_error=np.array(errors, float), lr=np.array(lr, float)), {}, {}, "complete")
-
 
 def test_the_endpoint_lies_behind_the_last_milestone():
     assert endpoint(lasting([9, 9, 9, 5, 4, 3, 2, 1], [1] * 8)) == 3
     assert endpoint(lasting([9, 9, 9, 9, 9, 3, 2, 1], [1] * 5 + [0.5] * 3)) == 2
     assert endpoint(lasting([9, 1], [1, 0.5])) == 1
-
 
 def test_the_intervals_are_those_of_two_one_sided_tests():
     rng = np.random.default_rng(0)
@@ -51,9 +44,7 @@ def test_the_intervals_are_those_of_two_one_sided_tests():
         assert (stats.ttest_1samp(a - b, -margin, alternative="greater").pvalue < 0.05) == (low > -margin)
         assert (stats.ttest_1samp(a - b, margin, alternative="less").pvalue < 0.05) == (high < margin)
 
-
 CLOSE, WIDE = Spread(0.3, 6), Spread(3.0, 6)
-
 
 @pytest.mark.parametrize(
     "a, b, spread, word, clear",
@@ -76,27 +67,21 @@ def test_within_one_point(a, b, spread, word, clear):
     v = judge(by_seed(a), by_seed(b), -1, 1, spread)
     assert (v.word, v.clear) == (word, clear)
 
-
-@pytest.mark.parametrize(
-    "a, b, word, clear",
-    [
-        ([9.0], [8.0], "holds", True),
-        ([8.5], [8.0], "not decided", False),
-        ([7.0], [8.0], "fails", True),
-        ([9.0, 9.1, 8.9, 9.2], [8.0, 8.1, 8.0, 8.2], "holds", False),
-        ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], "not decided", False),
-    ],
-)
+@pytest.mark.parametrize("a, b, word, clear", [
+    ([9.0], [8.0], "holds", True),
+    ([8.5], [8.0], "not decided", False),
+    ([7.0], [8.0], "fails", True),
+    ([9.0, 9.1, 8.9, 9.2], [8.0, 8.1, 8.0, 8.2], "holds", False),
+    ([8.1, 8.0, 8.2, 8.1], [8.0, 8.1, 8.0, 8.2], "not decided", False),
+])
 def test_ends_higher(a, b, word, clear):
     v = judge(by_seed(a), by_seed(b), 0, np.inf, CLOSE)
     assert (v.word, v.clear) == (word, clear)
-
 
 def test_pairs_are_seeds_that_both_arms_have():
     v = judge({3: 8.1, 0: 8.0, 7: 1.0}, {0: 8.0, 3: 8.0}, -1, 1, CLOSE)
     assert (v.pairs, v.runs, v.n) == (2, (3, 2), "3 and 2 runs")
     assert v.paired == pytest.approx(paired_interval([0.0, 0.1]))
-
 
 def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     good = make(tmp_path)
@@ -112,15 +97,11 @@ def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     key = "digits", "alexnet", "fixed-16"
     assert list(evidence.runs) == [key] and list(evidence.runs[key]) == [0]
     reasons = [
-        "damaged, or no record of an experiment",
-        "not where its settings belong",
-        "not all epochs were divided as the arm says",
-        "another momentum than the recipe's",
-        "damaged, or no record of an experiment",
-    ]
+        "damaged, or no record of an experiment", "not where its settings belong",
+        "not all epochs were divided as the arm says", "another momentum than the recipe's",
+        "damaged, or no record of an experiment"]
     names = [f"digits/alexnet/fixed-16-seed{seed}.npz" for seed in range(1, 6)]
     assert evidence.left_out == [f"{name}: {reason}" for name, reason in zip(names, reasons)]
-
 
 def test_a_large_batch_is_judged_by_the_spread_of_large_batches(tmp_path):
     for seed in range(5):
@@ -135,7 +116,6 @@ def test_a_large_batch_is_judged_by_the_spread_of_large_batches(tmp_path):
     assert compare(evidence, PAPER, "large").word == "not decided"  # large batches scatter by 16 points on digits
     assert compare(evidence, PAPER).pooled is None  # and the small batches of digits do not stand for CIFAR's
 
-
 def test_controls_are_compared_with_adabatch(tmp_path):
     for seed in range(4):
         make(tmp_path, seed, error=20 + 0.1 * seed, schedule="adabatch", dataset="cifar10")
@@ -147,13 +127,11 @@ def test_controls_are_compared_with_adabatch(tmp_path):
     assert (v.word, v.clear, v.runs) == ("holds", True, (1, 4)) and v.difference == pytest.approx(5.85)
     assert compare_control(evidence, "stopped early").word == "not decided"
 
-
 def test_growing_keeps_the_small_batchs_ratio_of_rate_to_batch_and_makes_fewer_updates():
     for c in (PAPER, Comparison("cifar100", "resnet20"), Comparison("digits", "vgg19bn")):
         small, grown = (
             resolve(Experiment(c.model, c.dataset, schedule, device="cpu")).schedule
-            for schedule in ("fixed", "adabatch")
-        )
+            for schedule in ("fixed", "adabatch"))
         for epoch in range(small.epochs):
             a, b = small.at(epoch), grown.at(epoch)
             assert b.lr / b.batch_size == pytest.approx(a.lr / a.batch_size, rel=1e-12) and b.batch_size >= a.batch_size

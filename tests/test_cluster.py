@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import together
+from test_crash import children
 
 from adabatch import record, sweep, train
 from adabatch.experiment import Experiment, resolve
@@ -20,16 +20,12 @@ from adabatch.train import checkpoint_path
 
 SETTINGS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
 
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-
-def left_alone(folder):
-    train.run(Experiment(**SETTINGS, output_dir=folder))
-
+def left_alone(folder): train.run(Experiment(**SETTINGS, output_dir=folder))
 
 def wait_for(found, seconds=120):
     "Until `found()` is true."
@@ -38,48 +34,22 @@ def wait_for(found, seconds=120):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
-
 def descendants(pid):
     "The process ids of children and their children."
-    try:
-        children = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-    return [p for child in children for p in (child, *descendants(child))]
-
+    return [p for child in children(pid) for p in (child, *descendants(child))]
 
 # --- two nodes
-
 
 def node(rank, port, folder):
     "One of two torchruns on loopback, with two processes each, as an own session."
     options = {**SETTINGS, "output_dir": folder, "checkpoint_minutes": 0.01}
     return subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(rank),
-            "--nproc_per_node",
-            "2",
-            "--master_addr",
-            "127.0.0.1",
-            "--master_port",
-            str(port),
-            "-m",
-            "adabatch.train",
-            *(part for name, value in options.items() for part in (f"--{name}", str(value))),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-    )
-
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
+            "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "adabatch.train",
+            *(part for name, value in options.items() for part in (f"--{name}", str(value)))],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
 
 def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
     name = "digits/alexnet/adabatch-64-128-epochs2-every1-x4-seed0"
@@ -88,8 +58,7 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
     try:
         wait_for(lambda: (tmp_path / "cut" / f"{name}.pt").exists())
         os.killpg(second.pid, signal.SIGKILL)
-        for pid in descendants(second.pid):
-            os.kill(pid, signal.SIGKILL)
+        for pid in descendants(second.pid): os.kill(pid, signal.SIGKILL)
         output = first.communicate(timeout=120)[0]
         assert first.returncode != 0, output  # the node that is left does not wait for ever
         assert not (tmp_path / "cut" / f"{name}.npz").exists()
@@ -98,31 +67,24 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
         assert (first.returncode, second.returncode) == (0, 0), outputs
     finally:
         for process in (first, second):
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     whole, cut = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "cut"))
     assert (
-        record.differences(whole, cut) == [] and cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4]
-    )
-
+        record.differences(whole, cut) == [] and cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4])
 
 # --- a sweep whose runs are jobs
 
-
 def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(tmp_path):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     runs = [
         resolve(Experiment(**SETTINGS, seed=seed, checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs")))
-        for seed in (0, 1)
-    ]
+        for seed in (0, 1)]
     cluster = Cluster(runs, kind="local", gpus=0)
     first, second = cluster.run()
     wait_for(lambda: checkpoint_path(runs[0]).exists())
     assert status(runs[0]) == "running"
     for pid in descendants(int(first.job_id)):
         os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
-    for job in (first, second):
-        wait_for(job.done, 240)
+    for job in (first, second): wait_for(job.done, 240)
     assert "Requeued job" in first.stdout() and "this job is preempted" in first.stderr()
     assert "stopped by SIGTERM" in first.stdout()  # with a checkpoint of that moment: SIGUSR2 did not kill the training
     assert "complete" in first.result() and "complete" in second.result()
@@ -132,20 +94,16 @@ def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(t
     assert [record.load(run.path).environment["restarts"] for run in runs] == [1, 0]
     assert cluster.run() == []  # nothing is left to submit
 
-
 SBATCH = '#!/bin/sh\ncp "$1" {0}/submitted.sh\necho Submitted batch job 12\n'
 SACCT = '#!/bin/sh\nprintf "JobID|State|NodeList\\n12|PENDING|none\\n"\n'
 
-
 def test_the_command_submits_once_and_shows_the_queue(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     for name, text in dict(sbatch=SBATCH.format(tmp_path), sacct=SACCT, srun="#!/bin/sh\n").items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(
-        sweep, "select", lambda *a, **k: [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))]
-    )
+        sweep, "select", lambda *a, **k: [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))])
     options = ["--executor", "slurm", "--partition", "night", "--gpus", "1", "--hours", "2"]
     assert sweep.main([*options, "--dry_run"]) == 0 and "to do\n" in capsys.readouterr().out
     assert sweep.main(options) == 0 and "1 of 1 runs were submitted" in capsys.readouterr().out
@@ -155,27 +113,18 @@ def test_the_command_submits_once_and_shows_the_queue(tmp_path, monkeypatch, cap
     assert sweep.main([*options, "--dry_run"]) == 0 and "to do, job 12 PENDING" in capsys.readouterr().out
     assert sweep.main(options) == 0 and "0 of 1 runs were submitted" in capsys.readouterr().out
 
-
 def test_without_submitit_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert sweep.main(["--executor", "slurm", "--grid", "digits", "--device", "cpu"]) == 2
     assert "pip install submitit" in capsys.readouterr().err
 
-
 def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
-    pytest.importorskip("submitit", reason="needs submitit: pip install submitit")
     run = resolve(Experiment(device="cpu", output_dir=str(tmp_path)))
     kept = []
-
     class Executor:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def update_parameters(self, **kwargs):
-            kept.append(kwargs)
-
+        def __init__(self, *args, **kwargs): pass
+        def update_parameters(self, **kwargs): kept.append(kwargs)
         submit = staticmethod(kept.append)
-
     for gpus in (None, 0):
         cluster = Cluster([run], gpus=gpus)
         cluster.submitit = type("", (), dict(AutoExecutor=Executor))
@@ -183,11 +132,9 @@ def test_the_node_chooses_the_device_when_gpus_are_asked_for(tmp_path):
     assert [job.run.experiment.device for job in kept[1::2]] == [None, "cpu"]
     assert [parameters["gpus_per_node"] for parameters in kept[::2]] == [1, 0]
 
-
 def test_the_login_node_need_not_be_able_to_run_what_it_submits(tmp_path, monkeypatch):
     e = Experiment(precision="bf16", device="cuda:99", workers=8 * os.cpu_count() + 1, output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="cuda:99 is unavailable"):
-        resolve(e)
+    with pytest.raises(ValueError, match="cuda:99 is unavailable"): resolve(e)
     assert resolve(e, here=False).experiment.device == "cuda:99"
     with pytest.raises(ValueError, match="workers must be at most"):
         resolve(replace(e, device="cpu", precision=None))

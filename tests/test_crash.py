@@ -1,5 +1,6 @@
 """Runs killed at any moment end in the record of a run that was left alone."""
 
+import contextlib
 import os
 import random
 import signal
@@ -13,12 +14,12 @@ from conftest import small, start, together
 
 from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
+from adabatch.files import lock
 from adabatch.train import existing
 
 RUN = Experiment(
     epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0, save_weights=False
 )  # a checkpoint after every update
-
 
 def make(folder, pause=None):
     """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count):
@@ -27,7 +28,6 @@ def make(folder, pause=None):
     if pause:
         name, ending, count = pause
         call, calls = getattr(os, name), []
-
         def watched(*args):
             target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[-1])
             calls.append(target.endswith(ending))
@@ -35,17 +35,14 @@ def make(folder, pause=None):
                 Path(folder, "paused").touch()
                 time.sleep(60)
             return call(*args)
-
         setattr(os, name, watched)
     train.run(replace(RUN, output_dir=str(folder)))
-
 
 def finished(folder, pause=None):
     child = start(make, folder, pause)
     child.join(60)
     assert child.exitcode == 0
     return existing(resolve(replace(RUN, output_dir=str(folder))))
-
 
 def test_killed_at_twenty_moments(tmp_path):
     finished(tmp_path / "first")  # starts the server that the others are forked from
@@ -71,58 +68,38 @@ def test_killed_at_twenty_moments(tmp_path):
             while not (folder / "paused").exists():
                 assert time.monotonic() < deadline and child.is_alive()
                 time.sleep(0.005)
-        else:
-            time.sleep(moment)
+        else: time.sleep(moment)
         late += not child.is_alive()
         child.kill()
         child.join()
         assert record.differences(whole, finished(folder)) == [], moment
         assert sorted(
-            p.name
-            for p in (folder / "digits/alexnet").iterdir()
-            if ".npz.lock" not in p.name and not p.name.endswith(".partial")
-        ) == [resolve(RUN).path.name], moment
+            p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name
+            and not p.name.endswith(".partial")) == [resolve(RUN).path.name], moment
     assert late <= 6, f"{late} of 12 timed kills came after the end of the run: they show nothing"
 
-
 TWO_EPOCHS = "--epochs 2 --every 1 --batch_size 64 --max_batch_size 128 --device cpu --checkpoint_minutes 0".split()
-
 
 def torchrun(folder, *options, **kwargs):
     return subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "3",
-            *options,
-            "-m",
-            "adabatch.train",
-            *TWO_EPOCHS,
-            "--output_dir",
-            str(folder),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kwargs,
-    )
-
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options, "-m",
+            "adabatch.train", *TWO_EPOCHS, "--output_dir", str(folder)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
 
 def two_epochs(folder):
     "The same run, left alone."
     train.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
 
+def children(pid):
+    "Their process ids; none if the process has ended."
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
 
-def worker(launcher, rank):
+def worker(torchrun, rank):
     "The process id of a rank, once its first checkpoint is there."
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
-            return int(child)
-    raise AssertionError(f"no rank {rank}")
-
+    mark = f"\0RANK={rank}\0".encode()
+    return next(child for child in children(torchrun) if mark in b"\0" + Path(f"/proc/{child}/environ").read_bytes())
 
 def wait_for(path, launcher, seconds=120):
     deadline = time.monotonic() + seconds
@@ -130,26 +107,28 @@ def wait_for(path, launcher, seconds=120):
         assert time.monotonic() < deadline and launcher.poll() is None, f"{path} did not come"
         time.sleep(0.02)
 
+def wait_until_free(path, seconds=30):
+    "The last thread of a killed process frees its memory before it lets go of its lock."
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ValueError), lock(path): return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} is still locked")
 
 def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
     name = "digits/alexnet/adabatch-64-128-epochs2-every1-x3-seed0"
     together(3, two_epochs, str(tmp_path / "whole"))
     failing = torchrun(tmp_path / "killed")
     wait_for(tmp_path / "killed" / f"{name}.pt", failing)
-    os.kill(worker(failing, 1), signal.SIGKILL)
-    begin = time.monotonic()
+    os.kill(worker(failing.pid, 1), signal.SIGKILL)
     output = failing.communicate(timeout=120)[0]
-    print(f"ended {time.monotonic() - begin:.1f} s after the kill, exit code {failing.returncode}")
     assert failing.returncode == 1 and "Signal 9 (SIGKILL)" in output and "rank" in output
-
     restarted = torchrun(tmp_path / "restarted", "--max-restarts", "1")
     wait_for(tmp_path / "restarted" / f"{name}.pt", restarted)
-    os.kill(worker(restarted, 2), signal.SIGKILL)
+    os.kill(worker(restarted.pid, 2), signal.SIGKILL)
     output = restarted.communicate(timeout=300)[0]
     assert restarted.returncode == 0, output
     whole, again = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "restarted"))
     assert (
-        record.differences(whole, again) == []
-        and again.environment["restarts"] >= 1
-        and again.processes.tolist() == [3, 3]
-    )
+        record.differences(whole, again) == [] and again.environment["restarts"] >= 1 and again.processes.tolist()
+        == [3, 3])

@@ -13,7 +13,6 @@ from adabatch.files import lock
 
 CLASSES = [f"class{k}" for k in range(10)]
 
-
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     "CIFAR-10 as class folders, with two training images and one test image a class."
@@ -26,7 +25,6 @@ def tiny(tmp_path, monkeypatch):
             for k in range(count):
                 Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{k}.png")
     return tmp_path
-
 
 def test_class_folders_are_decoded_once(tiny, monkeypatch):
     first = load_data("cifar10", tiny)
@@ -42,14 +40,12 @@ def test_class_folders_are_decoded_once(tiny, monkeypatch):
         again.test[0].stride(),
     )  # in another layout sums come out otherwise
 
-
 def test_the_cache_is_made_again_when_a_file_changes_or_it_is_damaged(tiny):
     load_data("cifar10", tiny)
     Image.new("RGB", (32, 32), "white").save(tiny / "cifar10/train/class0/0.png")
     assert (load_data("cifar10", tiny).crops[0, 4, 4] == 255).all()
     (tiny / "cifar10.cache.npz").write_bytes(b"torn")
     assert (load_data("cifar10", tiny).crops[0, 4, 4] == 255).all()
-
 
 def test_torchvisions_files(tiny, monkeypatch):
     expected = load_data("cifar10", tiny)
@@ -70,80 +66,59 @@ def test_torchvisions_files(tiny, monkeypatch):
     found = load_data("cifar10", tiny)
     assert torch.equal(found.crops, expected.crops) and torch.equal(found.labels, expected.labels)
 
-
-@pytest.mark.parametrize(
-    "harm, line",
-    [
-        (lambda d: shutil.rmtree(d / "test"), "test is missing: the data set is incomplete"),
-        (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
-        (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
-        (
-            lambda d: (d / "test/class4/0.png").write_bytes((d / "test/class4/0.png").read_bytes()[:900]),
-            "class4/0.png is damaged",
-        ),
-        (
-            lambda d: Image.new("RGB", (31, 32)).save(d / "train/class2/0.png"),
-            "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32",
-        ),
-        (lambda d: Image.new("L", (32, 32)).save(d / "train/class2/0.png"), "class2/0.png is L of 32x32"),
-    ],
-)
+@pytest.mark.parametrize("harm, line", [
+    (lambda d: shutil.rmtree(d / "test"), "test is missing: the data set is incomplete"),
+    (lambda d: shutil.rmtree(d / "train/class9"), "train holds 9 of 10 classes"),
+    (lambda d: (d / "train/class4/1.png").unlink(), "train holds 19 of 20 images"),
+    (
+        lambda d: (d / "test/class4/0.png").write_bytes((d / "test/class4/0.png").read_bytes()[:900]),
+        "class4/0.png is damaged"),
+    (
+        lambda d: Image.new("RGB", (31, 32)).save(d / "train/class2/0.png"),
+        "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32"),
+    (lambda d: Image.new("L", (32, 32)).save(d / "train/class2/0.png"), "class2/0.png is L of 32x32"),
+])
 def test_what_is_wrong_is_named_and_nothing_is_written(tiny, harm, line):
     harm(tiny / "cifar10")
-    with pytest.raises(ValueError, match=line):
-        load_data("cifar10", tiny)
+    with pytest.raises(ValueError, match=line): load_data("cifar10", tiny)
     assert [p.name for p in tiny.iterdir()] == ["cifar10"]
 
-
 def test_no_network(tmp_path, monkeypatch):
-    def download(*args, **kwargs):
-        raise OSError("no network")
-
+    def download(*args, **kwargs): raise OSError("no network")
     monkeypatch.setattr("torchvision.datasets.CIFAR10", download)
     with pytest.raises(
         ValueError,
         match=r"could not be downloaded \(no network\): put it there, as torchvision's cifar-10-batches-py/ "
         "or as class folders",
-    ):
-        load_data("cifar10", tmp_path / "absent")
+    ): load_data("cifar10", tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
-
 
 def test_strays_in_class_folders_are_passed_over(tiny):
     for name in (".DS_Store", "train/.DS_Store", "test/class3/.DS_Store", "train/class3/notes.txt"):
         (tiny / "cifar10" / name).write_text("stray")
     assert load_data("cifar10", tiny).train_size == 20
 
-
 def test_a_cache_that_another_process_writes_is_left_to_it(tiny, capsys):
-    with lock(tiny / "cifar10.cache.npz"):
-        assert load_data("cifar10", tiny).train_size == 20
+    with lock(tiny / "cifar10.cache.npz"): assert load_data("cifar10", tiny).train_size == 20
     assert [p.name for p in tiny.iterdir()] == ["cifar10"] and capsys.readouterr().err == ""
     load_data("cifar10", tiny)
     assert sorted(p.name for p in tiny.iterdir()) == ["cifar10", "cifar10.cache.npz"]
 
-
 def test_a_cache_that_cannot_be_written(tiny, monkeypatch, capsys):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    def full(*args, **kwargs): raise OSError(28, "No space left on device")
     monkeypatch.setattr(np, "savez", full)
     assert load_data("cifar10", tiny).train_size == 20
     note = capsys.readouterr().err
     assert note.count("\n") == 1 and "cifar10.cache.npz could not be written" in note and "No space left" in note
     assert [p.name for p in tiny.iterdir()] == ["cifar10"]
 
-
 @pytest.mark.parametrize("other", [None, "faster", "under way"])
 def test_a_download_is_there_whole_whatever_another_process_does(tmp_path, monkeypatch, other):
     def download(folder, download):
         files = tmp_path / "sample", Path(folder) / "cifar-10-batches-py"
         shutil.copytree(*files)
-        if other == "faster":
-            shutil.copytree(files[0], tmp_path / "data/cifar-10-batches-py")
-        if other == "under way":
-            (tmp_path / "data/.cifar-10-batches-py.theirs").mkdir(parents=True)
-
+        if other == "faster": shutil.copytree(files[0], tmp_path / "data/cifar-10-batches-py")
+        if other == "under way": (tmp_path / "data/.cifar-10-batches-py.theirs").mkdir(parents=True)
     (tmp_path / "sample").mkdir()
     (tmp_path / "sample/batches.meta").write_text("whole")
     monkeypatch.setattr(data, "_torchvision", lambda name: download)
@@ -153,11 +128,8 @@ def test_a_download_is_there_whole_whatever_another_process_does(tmp_path, monke
     assert found == [*theirs, "cifar-10-batches-py"]
     assert (tmp_path / "data/cifar-10-batches-py/batches.meta").read_text() == "whole"
 
-
 def test_unknown():
-    with pytest.raises(ValueError, match="unknown data set 'svhn'"):
-        load_data("svhn")
-
+    with pytest.raises(ValueError, match="unknown data set 'svhn'"): load_data("svhn")
 
 def test_epochs_depend_on_seed_and_number_alone():
     a, b = draw_epoch(100, 1, 2), draw_epoch(100, 1, 2)
@@ -165,12 +137,10 @@ def test_epochs_depend_on_seed_and_number_alone():
     for seed, number in ((1, 3), (2, 2), (2, 1)):
         assert not torch.equal(a.order, draw_epoch(100, seed, number).order)
 
-
 def test_digits_are_not_mirrored_and_fake_has_cifars_shape():
     assert not load_data("digits").draw(0, 0).flip.any()
     fake = load_data("fake")
     assert fake.shape == (3, 32, 32) and fake.draw(0, 0).flip.float().mean() == pytest.approx(0.5, abs=0.05)
-
 
 def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_path):
     rng = np.random.default_rng(0)
@@ -179,21 +149,18 @@ def test_a_folder_is_streamed_in_the_order_and_augmentation_of_the_epoch(tmp_pat
             (tmp_path / split / name).mkdir(parents=True)
             for k in range(count):
                 Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
-                    tmp_path / split / name / f"{k}.png"
-                )
+                    tmp_path / split / name / f"{k}.png")
     streams, before = [Folder(tmp_path, workers=w, size=32) for w in (0, 2)], None
     for number in range(2):
         one = torch.cat([x for x, _ in streams[0].train_batches(streams[0].draw(0, number), [(0, 5), (5, 12)])])
         batches = list(streams[1].train_batches(streams[1].draw(0, number), [(0, 4), (4, 8), (8, 12)]))
         assert torch.equal(one, torch.cat([x for x, _ in batches]))
         workers = [w.pid for w in streams[1].train.loader._iterator._workers]
-        if number:
-            assert workers == before  # the same processes, with other batches
+        if number: assert workers == before  # the same processes, with other batches
         before = workers
         assert sorted(torch.cat([y for _, y in batches]).tolist()) == [0] * 6 + [1] * 6
     x, y = next(streams[1].test_batches([(0, 6)]))
     assert x.shape == (6, 3, 32, 32) and y.tolist() == [0, 0, 0, 1, 1, 1]
-
 
 def test_real_images(cifar10):
     images = load_data("cifar10", cifar10)

@@ -16,11 +16,9 @@ from adabatch.forecast import Measurement, Rounds, measure, noise, predict, samp
 from adabatch.schedule import adabatch, fixed
 from adabatch.trainer import Trainer
 
-
 def tiny(samples=256):
     model = small()
     return Trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), noise(samples), fixed(16, lr=0.01))
-
 
 def test_a_prediction_is_samples_over_rate_in_each_round_alone():
     rates = {128: (400.0, 200.0), 256: (500.0, 250.0), 512: (800.0, 1600.0)}
@@ -32,22 +30,18 @@ def test_a_prediction_is_samples_over_rate_in_each_round_alone():
     whole = predict(growing, 1000, found, drop_last=False).values[0]
     assert math.isclose(whole, 2 * (1000 / 400 + 1000 / 500 + 1000 / 800), rel_tol=1e-12)
 
-
 def test_a_speed_up_carries_the_spread_of_its_rounds_and_not_the_drift_of_the_machine():
     found = Measurement({128: Rounds((100.0, 50.0, 80.0)), 256: Rounds((200.0, 100.0, 180.0))})
     still, growing = fixed(128, lr=1, every=1, epochs=2), adabatch(128, 256, lr=1, every=1, epochs=2)
     gain = predict(still, 256, found) / predict(growing, 256, found)
     assert gain.low == gain.median == pytest.approx(4 / 3) and gain.high == pytest.approx(2 / (1 + 80 / 180))
 
-
 def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monkeypatch):
     trainer, trained = tiny(), []
     update = trainer.step.update
-
     def counted(samples, *rest):
         trained.append(samples)
         update(samples, *rest)
-
     monkeypatch.setattr(trainer.step, "update", counted)
     assert samples_per_second(trainer, 32, 3) > 0 and trained == [32] * 3
     before = trainer.plan, trainer.state, trainer.data.train_size
@@ -57,14 +51,11 @@ def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monk
     assert {len(rate.values) for rate in found.rates.values()} == {max(forecast.ROUNDS, len(found.rate(16).values))}
     assert all(rate.low <= rate.median <= rate.high for rate in found.rates.values())
 
-
 def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypatch):
     now = [0.0]
-
     def sixteen_a_second(trainer, size, updates):
         now[0] += size * updates / 16
         return 16.0
-
     monkeypatch.setattr(forecast, "samples_per_second", sixteen_a_second)
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
     for seconds, sizes in (
@@ -77,26 +68,20 @@ def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypa
         assert list(found.rates) == sizes
         assert now[0] <= max(seconds, 5)
 
-
 def test_both_schedules_start_alike_and_only_one_grows():
     e = Experiment("resnet20", "cifar100", max_batch_size=512, epochs=5, every=1)
     still, growing = forecast.fixed_and_growing(e)
     assert (still.arm, growing.arm) == ("fixed-128-epochs5-every1", "adabatch-128-512-epochs5-every1")
     assert still.schedule.at(0) == growing.schedule.at(0)
 
-
 def test_the_command_says_in_one_line_what_is_wrong(capsys):
     assert (
-        forecast.main(
-            ["--model", "resnet20", "--dataset", "digits", "--batch_size", "2048", "--max_batch_size", "2048"]
-        )
-        == 2
-    )
+        forecast.main([
+            "--model", "resnet20", "--dataset", "digits", "--batch_size", "2048", "--max_batch_size", "2048"])
+        == 2)
     assert capsys.readouterr().err.count("\n") == 1
 
-
 # --- the benchmark
-
 
 def benchmark_worker():
     "The program that `nbs/benchmark.ipynb` writes for its processes, as a module."
@@ -106,7 +91,6 @@ def benchmark_worker():
     module = types.ModuleType("worker")
     exec("\n".join(parts), vars(module))
     return module
-
 
 @pytest.mark.parametrize("way", ["original", "plain", "ours"])
 def test_every_way_trains_the_same_number_of_samples(way, monkeypatch):

@@ -65,23 +65,15 @@ TYPES = {
     "workers": [2.0, "two", True, [1]],
 }
 
-
 def cases(groups):
     "A test case for each value, named in few characters."
-
-    def label(value):
-        return "".join(c if c.isprintable() and c.isascii() else "?" for c in repr(value)[:24])
-
+    def label(value): return "".join(c if c.isprintable() and c.isascii() else "?" for c in repr(value)[:24])
     return [pytest.param(name, value, id=f"{name}-{label(value)}") for name in groups for value in groups[name]]
-
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
     "Does this call end in one readable line of one of these types, before anything is trained or written?"
-
-    def accepted(*args, **kwargs):
-        pytest.fail("was accepted")
-
+    def accepted(*args, **kwargs): pytest.fail("was accepted")
     monkeypatch.setattr(train, "make_trainer", accepted)
     monkeypatch.setattr(train.subprocess, "Popen", accepted)
     folder = tmp_path / "here"
@@ -90,17 +82,13 @@ def refused(tmp_path, monkeypatch):
     (folder / "loop").symlink_to("loop")
     monkeypatch.chdir(folder)
     before = sorted(tmp_path.rglob("*"))
-
     def check(call, *kinds):
-        with pytest.raises(kinds) as caught:
-            call()
+        with pytest.raises(kinds) as caught: call()
         line = str(caught.value)
         assert "\n" not in line and 10 < len(line) < 400, line
         assert sorted(tmp_path.rglob("*")) == before
         return line
-
     return check
-
 
 ALSO = {
     "lr_decay": ["the learning rate at 4 epochs"],
@@ -108,28 +96,23 @@ ALSO = {
     "model": ["resnet50 does not fit"],
 }
 
-
 @pytest.mark.parametrize("name, value", cases(NUMBERS) + cases(SETTINGS))
 def test_values_out_of_range(name, value, refused):
     line = refused(lambda: run(Experiment(**{name: value})), ValueError)
     assert any(words in line for words in (name, *ALSO.get(name, ())))
 
-
 @pytest.mark.parametrize("name, value", cases(PLACES))
 def test_places(name, value, refused):
     refused(lambda: run(Experiment(**{"dataset": "digits", name: value})), ValueError, OSError)
-
 
 @pytest.mark.parametrize("name, value", cases(TYPES))
 def test_types(name, value, refused):
     assert f"{name} must be " in refused(lambda: run(Experiment(**{name: value})), TypeError)
 
-
 def as_text(groups):
     "The values that a shell can pass on."
     texts = {name: [str(v) for v in values if "\0" not in str(v)] for name, values in groups.items()}
     return cases(texts)
-
 
 WORDS = {
     "epochs": ["ten", "1e3", "", "1_0 0"],
@@ -141,19 +124,14 @@ WORDS = {
     "no_such_option": ["1"],
 }
 
-
 @pytest.mark.parametrize("name, value", as_text(NUMBERS) + as_text(SETTINGS) + as_text(PLACES) + as_text(WORDS))
 def test_the_command_line(name, value, refused, capsys):
     def call():
-        try:
-            code = main([f"--{name}={value}"])
-        except SystemExit as stop:
-            code = stop.code
+        try: code = main([f"--{name}={value}"])
+        except SystemExit as stop: code = stop.code
         assert code == 2
         raise ValueError(capsys.readouterr().err.removesuffix("\n"))
-
     assert "error: " in refused(call, ValueError)
-
 
 PARAMETERS = {
     "epohcs": [3],
@@ -167,15 +145,12 @@ PARAMETERS = {
     "_hidden": [1],
 }
 
-
 @pytest.mark.parametrize("name, value", cases(PARAMETERS))
 def test_papermill_parameters(name, value, refused):
     def call():
         names = {n: f.default for n, f in FIELDS.items()} | {name: value}
         run(from_notebook(names, ["# Parameters. As they are\nepochs = None", f"# Parameters\n{name} = {value!r}\n"]))
-
     assert name.replace("dataset", "data set") in refused(call, ValueError, TypeError)
-
 
 CALLS = {
     "weights that are not there": lambda: evaluate_weights(resolve(Experiment())),
@@ -207,39 +182,28 @@ CALLS = {
     "weights that are a folder": lambda: load_weights("."),
 }
 
-
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_calls(call, refused):
     refused(call, ValueError, TypeError, OSError)
 
-
-def model():
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
-
+def model(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
 
 def trainer(network=None, optimizer=None, **settings):
     network = network or model()
     optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=0.1)
     return Trainer(network, optimizer, load_data("digits"), adabatch(16, 64, 0.1, epochs=2, every=1), **settings)
 
-
 def groups():
     network = model()
     one, two = network.parameters()
     return trainer(network, torch.optim.SGD([dict(params=[one], lr=0.1), dict(params=[two], lr=0.01)]))
 
-
 def images(kind, labels=torch.int64, count=4):
     return Images(*[(torch.zeros(4, 3, 8, 8, dtype=kind), torch.zeros(count, dtype=labels))] * 2, (0,) * 3, (1,) * 3, 2)
 
+def plan(): return Plan(adabatch(16, 64, 0.1, epochs=2, every=1), 100)
 
-def plan():
-    return Plan(adabatch(16, 64, 0.1, epochs=2, every=1), 100)
-
-
-def zero_rates():
-    return plan().lr_scheduler(torch.optim.SGD(model().parameters(), lr=0.0))
-
+def zero_rates(): return plan().lr_scheduler(torch.optim.SGD(model().parameters(), lr=0.0))
 
 PARTS = {
     "a precision in other letters": (lambda: trainer(precision="BF16"), "unknown precision 'BF16': choose from fp32"),
@@ -249,8 +213,7 @@ PARTS = {
     "a mean loss": (lambda: trainer(loss=torch.nn.CrossEntropyLoss()), "must be summed over the samples"),
     "another model's optimizer": (
         lambda: trainer(optimizer=torch.optim.SGD(model().parameters(), lr=0.1)),
-        "the optimizer has none of the model's parameters",
-    ),
+        "the optimizer has none of the model's parameters"),
     "an optimizer that is a class": (lambda: trainer(optimizer=torch.optim.SGD), "must be one of torch.optim"),
     "groups of different rates": (groups, "one learning rate for all parameter groups"),
     "images of floats": (lambda: images(torch.float32), "images must be uint8 (N, C, H, W) and labels int64"),
@@ -262,63 +225,46 @@ PARTS = {
     "an optimizer at rest": (zero_rates, "the optimizer's learning rate is 0: build it with schedule.base_lr"),
     "a function as curve": (
         lambda: Schedule((Stage(0, 8, 0.1),), epochs=1, curve=lambda progress: 1),
-        "curve must be a Curve: from_lr_schedule makes",
-    ),
+        "curve must be a Curve: from_lr_schedule makes"),
     "results of a folder without records": (lambda: report._write("outptus", "file"), "outptus holds no records"),
     "a forecast without end": (lambda: forecast._command(None, math.inf, None), "seconds must be from 0 to 86,400"),
     "a data set that is not there": (lambda: training_samples(Experiment(dataset="imagenet")), "lacks train/"),
 }
 
-
 @pytest.mark.parametrize("call, line", PARTS.values(), ids=PARTS)
 def test_parts_that_do_not_fit(call, line, refused):
     assert line in refused(call, ValueError, TypeError)
 
-
 @pytest.mark.parametrize("name, value", [("LOCAL_RANK", "x"), ("LOCAL_WORLD_SIZE", "0"), ("LOCAL_WORLD_SIZE", "x")])
 def test_a_launcher_variable_that_is_no_number(refused, monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-
     def call():
         read_ahead(1, 100)
-        with process_group("cpu"):
-            pass
-
+        with process_group("cpu"): pass
     assert f"the environment variable {name} must be an integer" in refused(call, ValueError)
-
 
 def test_a_number_of_processes_without_torchrun(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
     def call():
-        with process_group("cpu"):
-            pass
-
+        with process_group("cpu"): pass
     assert "torchrun did not start this process" in refused(call, ValueError)
 
-
-@pytest.mark.parametrize(
-    "options, line",
-    [
-        (["--minutes", "nan"], "minutes must be from 0"),
-        (["--minutes", "inf"], "minutes must be from 0"),
-        (["--dataset", "cifar"], "unknown dataset 'cifar': choose from cifar10, cifar100"),
-        (["--device", "gpu"], "unknown device 'gpu'"),
-    ],
-)
+@pytest.mark.parametrize("options, line", [
+    (["--minutes", "nan"], "minutes must be from 0"),
+    (["--minutes", "inf"], "minutes must be from 0"),
+    (["--dataset", "cifar"], "unknown dataset 'cifar': choose from cifar10, cifar100"),
+    (["--device", "gpu"], "unknown device 'gpu'"),
+])
 def test_no_minute_of_a_gpu_is_lost_to_a_typing_error(options, line, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "check", lambda *a: pytest.fail("was begun"))
     assert gpu.main(["--rehearse", *options]) == 2 and line in capsys.readouterr().err
-
 
 def test_a_launcher_and_its_environment_that_disagree(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE" in refused(lambda: resolve(Experiment()), ValueError)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun started 2" in refused(lambda: resolve(Experiment(processes=3)), ValueError)
-
 
 @pytest.mark.parametrize("dataset", ["..", "../here", ".", "../here/.."])
 def test_a_record_lies_in_its_output_folder(dataset, tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as some
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 from adabatch.data import draw_epoch
@@ -14,21 +16,14 @@ from adabatch.schedule import Schedule, Stage, adabatch, fixed, from_lr_schedule
 
 AT_5 = Schedule((Stage(0, 8, 0.1), Stage(0.4, 32, 0.2)), epochs=3)  # of 100 samples: from the sixth update on
 
-
 class Indices(Dataset):
     "Gives back the index it is asked for, and the process that answered."
-
-    def __getitem__(self, index):
-        return index, (get_worker_info().id if get_worker_info() else -1)
-
+    def __getitem__(self, index): return index, (get_worker_info().id if get_worker_info() else -1)
 
 def loader(plan, workers=0, **settings):
     return DataLoader(Indices(), batch_sampler=plan, num_workers=workers, persistent_workers=workers > 0, **settings)
 
-
-def drawn(loader):
-    return [indices.tolist() for indices, _ in loader]
-
+def drawn(loader): return [indices.tolist() for indices, _ in loader]
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_the_plan_is_what_a_trainer_computes_epoch_by_epoch(drop_last):
@@ -48,14 +43,12 @@ def test_the_plan_is_what_a_trainer_computes_epoch_by_epoch(drop_last):
                 assert plan.indices(update) == order[slice(*batch)].tolist()
         assert next(updates, None) is None
 
-
 @pytest.mark.parametrize("workers", [0, 1, 2, 4])
 def test_the_batch_changes_at_the_planned_update(workers):
     plan = Plan(AT_5, 100)
     sizes = [len(x) for x, _ in loader(plan, workers, prefetch_factor=4 if workers else None)]
     assert sizes[:6] == [8] * 5 + [32] and sizes.index(32) == 5
     assert [plan.lr(k) for k in (4, 5)] == [0.1, 0.2]
-
 
 @pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("processes", [1, 2, 3])
@@ -76,7 +69,6 @@ def test_every_sample_once_an_epoch_in_the_same_order(processes, workers):
     assert pids[0] == pids[1] == pids[2] and len(pids[0]) == processes * workers
     assert [len(plan) for plan in plans] == [0] * processes
 
-
 def test_shards_differ_by_one_and_an_empty_one_counts_nothing():
     plans = [Plan(fixed(4, lr=1.0, epochs=1), 6, drop_last=False, rank=r, world_size=3) for r in range(3)]
     assert [plan.at(0).shard for plan in plans] == [(0, 2), (2, 3), (3, 4)]
@@ -85,7 +77,6 @@ def test_shards_differ_by_one_and_an_empty_one_counts_nothing():
     order = draw_epoch(6, 0, 0).order.tolist()
     assert [plan.indices(1) for plan in plans] == [order[4:5], order[5:6], order[4:5]]
     assert plans[2].at(1).shard == shard((4, 6), 2, 3)
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumes_anywhere_with_other_workers_and_processes(workers):
@@ -97,10 +88,8 @@ def test_resumes_anywhere_with_other_workers_and_processes(workers):
         assert len(plan) == len(whole) - done and list(plan) == whole[done:]
         assert [plan.at(done).epoch] == [next(plan.by_epoch())] if done < len(whole) else list(plan.by_epoch()) == []
     parts = [Plan(schedule, 100, drop_last=False, rank=r, world_size=2) for r in range(2)]
-    for part in parts:
-        part.start = 9
+    for part in parts: part.start = 9
     assert [a + b for a, b in zip(*(drawn(loader(part, workers)) for part in parts))] == whole[9:]
-
 
 def test_an_interrupted_epoch_is_finished_before_the_next():
     plan = Plan(AT_5, 100, drop_last=False)
@@ -108,41 +97,8 @@ def test_an_interrupted_epoch_is_finished_before_the_next():
     turns = [(epoch, len(list(plan))) for epoch in plan.by_epoch()]
     assert turns == [(0, 1), (1, 4), (2, 4)]
     plan.start = 0
-    for _ in plan.by_epoch():
-        break
+    for _ in plan.by_epoch(): break
     assert len(plan) == plan.updates == 15  # outside of the loop over epochs, the whole training again
-
-
-@pytest.mark.parametrize("workers", [0, 2, 4])
-@pytest.mark.parametrize("by_epoch", [False, True])
-def test_stateful_data_loader(workers, by_epoch):
-    torchdata = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
-    stateful = torchdata.StatefulDataLoader
-    whole = list(Plan(AT_5, 100))
-    for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
-        plan = Plan(AT_5, 100)
-        first = stateful(Indices(), batch_sampler=plan, num_workers=workers)
-        plan.lr_scheduler(groups(0.1))
-        got = []
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            if len(got) == received:
-                break
-            for indices, _ in first:
-                got.append(indices.tolist())
-                if len(got) == received:
-                    break
-            if len(got) == received:
-                break
-        state = first.state_dict()
-        assert got == whole[:received] and len(pickle.dumps(state)) < 2000
-        plan = Plan(AT_5, 100)
-        plan.start = received
-        second = stateful(Indices(), batch_sampler=plan, num_workers=workers)
-        second.load_state_dict(copy.deepcopy(state))
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            got += [indices.tolist() for indices, _ in second]
-        assert got == whole
-
 
 def test_the_state_is_a_number():
     plan, optimizer = Plan(AT_5, 100), groups(0.1)
@@ -157,10 +113,8 @@ def test_the_state_is_a_number():
     again.load_state_dict(state)
     assert list(again) == list(batches)
 
-
 def groups(*lrs):
     return torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in lrs], lr=lrs[0])
-
 
 @pytest.mark.parametrize(
     "schedule",
@@ -180,25 +134,21 @@ def test_learning_rates_of_several_groups_and_after_a_resume(schedule, order):
     scheduler, seen = plan.lr_scheduler(optimizer), []
     for step in range(len(plan)):
         seen.append([group["lr"] for group in optimizer.param_groups])
-        if step == 7:
-            saved = copy.deepcopy(optimizer.state_dict())
+        if step == 7: saved = copy.deepcopy(optimizer.state_dict())
         optimizer.step()
         scheduler.step()
     assert seen == [pytest.approx(lrs, rel=1e-14, abs=1e-16) for lrs in expected]
     resumed = groups(base, base / 10, base * 3)
     plan.start = 7
-    if order == "load first":
-        resumed.load_state_dict(saved)
+    if order == "load first": resumed.load_state_dict(saved)
     scheduler = plan.lr_scheduler(resumed)
-    if order == "schedule first":
-        resumed.load_state_dict(saved)
+    if order == "schedule first": resumed.load_state_dict(saved)
     again = []
     for _ in range(7, plan.updates):
         again.append([group["lr"] for group in resumed.param_groups])
         resumed.step()
         scheduler.step()
     assert again == seen[7:]
-
 
 def test_the_loop_in_the_readme_runs():
     "Correct with a warm-up, with several parameter groups, and after an interruption."
@@ -209,50 +159,31 @@ def test_the_loop_in_the_readme_runs():
     assert len(lines) <= 8
     schedule = adabatch(16, 64, lr=0.1, every=1, epochs=3, warmup_epochs=1, base_batch_size=8)
     dataset = TensorDataset(torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 2)
-
     def run(state, kill_at=None):
         torch.manual_seed(0)
         model, seen = torch.nn.Linear(4, 2), []
         parameters = [dict(params=[model.weight]), dict(params=[model.bias], lr=0.01)]
         optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
         def train_step(model, optimizer, x, y):
-            if len(seen) == kill_at:
-                raise KeyboardInterrupt
+            if len(seen) == kill_at: raise KeyboardInterrupt
             seen.append((len(x), *(group["lr"] for group in optimizer.param_groups)))
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-
         def save(step, model, optimizer):
             state.update(copy.deepcopy(dict(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())))
-
         def resume(model, optimizer):
-            if not state:
-                return 0
+            if not state: return 0
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             return state["step"]
-
         every_five = re.sub(r"(step|plan\.start) % \d+", r"\1 % 5", loop)
         names = dict(
-            dataset=dataset,
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            train_step=train_step,
-            save=save,
-            resume=resume,
-            torch=torch,
-            DataLoader=DataLoader,
-            Plan=Plan,
-        )
-        try:
-            exec(every_five, names)
-        except KeyboardInterrupt:
-            pass
+            dataset=dataset, model=model, optimizer=optimizer, schedule=schedule, train_step=train_step, save=save,
+            resume=resume, torch=torch, DataLoader=DataLoader, Plan=Plan)
+        try: exec(every_five, names)
+        except KeyboardInterrupt: pass
         return model, seen
-
     whole, expected = run({})
     _, first = run(state := {}, kill_at=13)
     resumed, second = run(state)
@@ -263,29 +194,23 @@ def test_the_loop_in_the_readme_runs():
     assert first[:10] + second == expected
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters()))
 
-
-@pytest.mark.parametrize(
-    "make, error, line",
-    [
-        (lambda: Plan("adabatch", 100), TypeError, "schedule must be a Schedule, not a str"),
-        (lambda: Plan(AT_5, Indices()), TypeError, "samples must be an integer"),
-        (lambda: Plan(AT_5, 0), ValueError, "samples must be at least 1"),
-        (lambda: Plan(AT_5, 31), ValueError, "batch size 32 is larger than the training set of 31 samples"),
-        (lambda: Plan(AT_5, 100, seed=-1), ValueError, "seed must be at least 0"),
-        (lambda: Plan(AT_5, 100, seed=2**64), ValueError, "seed must be at most"),
-        (lambda: Plan(AT_5, 100, rank=2, world_size=2), ValueError, "rank must be at most 1, not 2"),
-        (lambda: Plan(AT_5, 100, world_size=0), ValueError, "world_size must be at least 1"),
-        (lambda: Plan(AT_5, 100).at(-1), ValueError, "update must be at least 0"),
-        (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be an integer"),
-        (lambda: Plan(AT_5, 100).lr(10**9), ValueError, "update must be at most 11"),
-        (lambda: setattr(Plan(AT_5, 100), "start", 13), ValueError, "start must be at most 12, not 13"),
-        (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be an integer, not None"),
-    ],
-)
+@pytest.mark.parametrize("make, error, line", [
+    (lambda: Plan("adabatch", 100), TypeError, "schedule must be a Schedule, not a str"),
+    (lambda: Plan(AT_5, Indices()), TypeError, "samples must be an integer"),
+    (lambda: Plan(AT_5, 0), ValueError, "samples must be at least 1"),
+    (lambda: Plan(AT_5, 31), ValueError, "batch size 32 is larger than the training set of 31 samples"),
+    (lambda: Plan(AT_5, 100, seed=-1), ValueError, "seed must be at least 0"),
+    (lambda: Plan(AT_5, 100, seed=2**64), ValueError, "seed must be at most"),
+    (lambda: Plan(AT_5, 100, rank=2, world_size=2), ValueError, "rank must be at most 1, not 2"),
+    (lambda: Plan(AT_5, 100, world_size=0), ValueError, "world_size must be at least 1"),
+    (lambda: Plan(AT_5, 100).at(-1), ValueError, "update must be at least 0"),
+    (lambda: Plan(AT_5, 100).at(2.5), TypeError, "update must be an integer"),
+    (lambda: Plan(AT_5, 100).lr(10**9), ValueError, "update must be at most 11"),
+    (lambda: setattr(Plan(AT_5, 100), "start", 13), ValueError, "start must be at most 12, not 13"),
+    (lambda: setattr(Plan(AT_5, 100), "start", None), TypeError, "start must be an integer, not None"),
+])
 def test_bad_numbers(make, error, line):
-    with pytest.raises(error, match=line):
-        make()
-
+    with pytest.raises(error, match=line): make()
 
 def test_a_long_training_is_planned_at_once():
     schedule = adabatch(16, 64, lr=0.1, milestones=[10**6, 10**9], epochs=10**12)
@@ -297,11 +222,7 @@ def test_a_long_training_is_planned_at_once():
     assert [len(batch) for batch in plan] == [64, 64]
     assert len(pickle.dumps(plan)) < 10**6 and plan.at(plan.updates - 1).epoch == 10**12 - 1
 
-
 def test_properties_of_any_plan():
-    hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed")
-    from hypothesis import strategies as some
-
     @some.composite
     def plans(draw):
         samples, starts = draw(some.integers(1, 60)), some.integers(1, 60).map(lambda k: k / 16)
@@ -312,7 +233,6 @@ def test_properties_of_any_plan():
         schedule = Schedule(stages, epochs, warmup)
         settings = dict(seed=draw(some.integers(0, 2**64 - 1)), drop_last=draw(some.booleans()), world_size=world)
         return [Plan(schedule, samples, rank=rank, **settings) for rank in range(world)]
-
     @hypothesis.given(plans(), some.data())
     @hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
     def check(plans, data):
@@ -332,13 +252,10 @@ def test_properties_of_any_plan():
             epochs.append(now.epoch)
             last, used = now.batch[1], used + now.batch[1] - now.batch[0]
         assert epochs == sorted(epochs) and set(epochs) == set(range(schedule.epochs))
-        if not one.drop_last:
-            assert used == one.samples * schedule.epochs
-        for epoch in range(schedule.epochs):
-            assert len(one.updates_of(epoch)) == epochs.count(epoch)
+        if not one.drop_last: assert used == one.samples * schedule.epochs
+        for epoch in range(schedule.epochs): assert len(one.updates_of(epoch)) == epochs.count(epoch)
         done = data.draw(some.integers(0, len(one)))
         whole = list(one)
         one.start = done
         assert list(one) == whole[done:]
-
     check()

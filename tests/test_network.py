@@ -17,21 +17,17 @@ from adabatch.forecast import Cluster, Measurement, Rounds, predict
 from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
 
-
 def cells():
     "The source of the notebook's cells that make nodes."
     found = json.loads(Path("nbs/network.ipynb").read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in found if "wire" in cell["metadata"].get("tags", []))
 
-
 @pytest.fixture(scope="module")
 def network():
     module = types.ModuleType("network")
     exec(cells(), vars(module))
-    if reason := module.why_not():
-        pytest.skip(f"there can be no two nodes here: {reason}")
+    if reason := module.why_not(): pytest.skip(f"there can be no two nodes here: {reason}")
     return module
-
 
 def test_nodes_are_gone_when_the_process_that_made_them_is_killed(network, tmp_path):
     program = tmp_path / "program.py"
@@ -46,33 +42,25 @@ def test_nodes_are_gone_when_the_process_that_made_them_is_killed(network, tmp_p
     assert len(names) == 2 and all(node.exists() for node in nodes)
     maker.kill()
     maker.communicate()
-
     def left():
         "Processes that still see one of the two networks."
         found = []
         for process in Path("/proc").glob("[0-9]*"):
-            try:
-                found += [process] if (process / "ns/net").readlink() in names else []
-            except OSError:
-                pass  # it has just ended
+            try: found += [process] if (process / "ns/net").readlink() in names else []
+            except OSError: pass  # it has just ended
         return found
-
     wait_for(lambda: not left(), seconds=10)
-
 
 FLOAT64 = "import sys, torch, adabatch.train\ntorch.set_default_dtype(torch.float64)\nsys.exit(adabatch.train.main())\n"
 OPTIONS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
 
-
 def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(network, tmp_path):
     program, name = tmp_path / "float64.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
     program.write_text(FLOAT64)
-
     def start(nodes, folder):
         options = OPTIONS | dict(output_dir=tmp_path / folder, checkpoint_minutes=0.01)
         words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
         return [node.start([str(program), *words], nodes=len(nodes)) for node in nodes]
-
     with network.two_nodes() as nodes:
         assert [process.wait(240) for process in start(nodes, "whole")] == [0, 0]
         sent = nodes[1].sent()
@@ -80,7 +68,6 @@ def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(netw
     exchanges = whole.updates.sum() + 1  # and one in which the buckets are settled
     gradients = sum(8 * p.numel() for p in get_model("alexnet", 10).parameters())
     assert 1 < sent / (exchanges * gradients) < 1.05  # 2 (p - 1) / p of them, and headers
-
     checkpoint = tmp_path / "two" / name.format("-x2", "pt")
     with network.two_nodes() as nodes:
         processes = start(nodes, "two")
@@ -91,20 +78,16 @@ def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(netw
     alone = tmp_path / "one" / name.format("", "pt")
     alone.parent.mkdir(parents=True)
     shutil.copy(checkpoint, alone)
-    with network.two_nodes() as nodes:
-        assert [process.wait(240) for process in start(nodes, "two")] == [0, 0]
+    with network.two_nodes() as nodes: assert [process.wait(240) for process in start(nodes, "two")] == [0, 0]
     with network.two_nodes() as nodes:
         assert [process.wait(240) for process in start(nodes[:1], "one")] == [0]
-
     two, one = (record.load(path.with_suffix(".npz")) for path in (checkpoint, alone))
     assert record.differences(whole, two) == [] and two.environment["restarts"] == one.environment["restarts"] == 1
     assert two.processes.tolist() == [2, 2] and one.processes[-1] == 1
     for measure in record.MEASURES:
         np.testing.assert_allclose(one.arrays[measure], whole.arrays[measure], rtol=1e-9)
 
-
 # --- the prediction
-
 
 def test_an_update_waits_for_what_the_backward_pass_cannot_hide():
     found = Measurement({16: Rounds((100.0,)), 64: Rounds((200.0,))})
@@ -116,19 +99,14 @@ def test_an_update_waits_for_what_the_backward_pass_cannot_hide():
     seconds = predict(growing, 512, found, cluster=cluster, buckets=[500_000, 100_000])
     assert seconds.values[0] == pytest.approx(8 * small + 2 * large)
 
-
 def test_uneven_parts_wait_for_the_largest():
     found = Measurement({42: Rounds((100.0,))})
     three = predict(fixed(128, lr=1, epochs=1), 128, found, cluster=Cluster(nodes=3))
     assert three.values[0] == pytest.approx(0.43)
 
-
-@pytest.mark.parametrize(
-    "options", ["--nodes 0", "--nodes 2", "--nodes 2 --bandwidth 25", "--latency 0us", "--bandwidth infGbit"]
-)
+@pytest.mark.parametrize("options", [
+    "--nodes 0", "--nodes 2", "--nodes 2 --bandwidth 25", "--latency 0us", "--bandwidth infGbit"])
 def test_a_cluster_that_cannot_be_is_rejected(options, capsys):
-    try:
-        assert forecast.main(options.split()) == 2
-    except SystemExit as stop:
-        assert stop.code == 2
+    try: assert forecast.main(options.split()) == 2
+    except SystemExit as stop: assert stop.code == 2
     assert capsys.readouterr().err.splitlines()[-1].count("error: ") == 1

@@ -10,15 +10,12 @@ from adabatch.experiment import CONTROLS
 
 C = Comparison("digits", "alexnet")
 
-
 def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
-    for seed, error in enumerate((4.0, 6.0)):
-        make(tmp_path, seed=seed, error=error)
+    for seed, error in enumerate((4.0, 6.0)): make(tmp_path, seed=seed, error=error)
     evidence = collect(tmp_path)
     table = report.arms_table(evidence, [("digits", "alexnet", arm) for arm in ("fixed-16", "fixed-256")], "../")
     assert "| 5.00 ± 1.41 (n=2) |" in table and "[1](../digits/alexnet/fixed-16-seed1.npz)" in table
     assert "fixed-256" not in table
-
 
 def test_minutes_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
     make(tmp_path, row=dict(samples=100, train_seconds=8.0, test_seconds=2.0))  # a tenth of a second a sample
@@ -29,7 +26,6 @@ def test_minutes_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
     assert f"| {3 * 10 * 1437 / 600:.0f} (none, from records of digits) |" in lines["alexnet"]
     assert "| 4 |" in lines["vgg19bn"] and "unknown" in lines["vgg19bn"]
 
-
 def test_the_first_table_has_a_row_for_each_comparison(tmp_path):
     for seed in range(2):
         make(tmp_path, seed, error=5.0 + seed)
@@ -38,14 +34,12 @@ def test_the_first_table_has_a_row_for_each_comparison(tmp_path):
     assert "| 6.00 ± 0.71 | 16.05 ± 0.78 | +10.05 (paired +9.73 to +10.37) | 2 pairs | 32 → 8 |" in row
     assert report.comparisons_table(collect(tmp_path / "none")) == "No runs yet."
 
-
 def test_controls_have_a_row_where_they_were_run(tmp_path):
     make(tmp_path, error=20.0, schedule="adabatch", dataset="cifar10")
     make(tmp_path, error=26.0, dataset="cifar10", batch_size=640, lr=0.025)
     table = report.controls_table(collect(tmp_path))
     assert "| constant batch | fixed-640-lr0.025 | 32 | 26.50 | +6.00 | 1 pair |" in table
     assert not any(name in table for name in CONTROLS if name != "constant batch")
-
 
 def test_a_sentence_that_no_longer_fits_is_left_out(tmp_path):
     for data, grown in (("cifar10", 20.4), ("cifar100", 20.4)):
@@ -57,11 +51,9 @@ def test_a_sentence_that_no_longer_fits_is_left_out(tmp_path):
     (found,) = report.findings(collect(tmp_path), tmp_path)
     assert not found.fits and report.answers(collect(tmp_path), tmp_path).startswith("Nothing was run yet")
 
-
 def test_every_sentence_fits_the_committed_records():
     found = report.findings(collect("outputs"))
     assert found and [finding.text for finding in found if not finding.fits] == []
-
 
 def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
     times = dict(samples=1000, predicted=[[3.0], [2.0]], seen=[[2.0, 1.1], [1.0, 2.0]])
@@ -72,7 +64,6 @@ def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
         answers = report.answers(collect(tmp_path), tmp_path)
         assert ("cpu (made up): alexnet 1.03)" in answers) == said
 
-
 def test_epochs_that_both_arms_share_are_counted(tmp_path):
     make(tmp_path)
     make(tmp_path, schedule="adabatch")
@@ -80,7 +71,6 @@ def test_epochs_that_both_arms_share_are_counted(tmp_path):
     make(tmp_path, seed=1)
     make(tmp_path, seed=1, error=5.5, schedule="adabatch")
     assert report.shared_epochs(collect(tmp_path), C) == 0
-
 
 def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
     for seed in range(2):
@@ -95,20 +85,16 @@ def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
     readme.write_text("nothing")
     assert report.main([str(tmp_path / "outputs"), str(readme)]) == 2 and readme.read_text() == "nothing"
 
-
 def test_links_of_a_table_lead_to_the_records():
     evidence = collect("outputs")
     targets = re.findall(r"\]\((.*?)\)", report.arms_table(evidence, sorted(evidence.runs), "outputs/"))
     assert targets and all(Path(target).is_file() for target in targets)
 
-
 def run_report(folder, tmp_path):
     import papermill
-
     parameters = dict(output_dir=str(folder.resolve()))
     papermill.execute_notebook("nbs/report.ipynb", tmp_path / "report.ipynb", parameters, progress_bar=False)
     return (tmp_path / "report.ipynb").read_text()
-
 
 def test_the_report_executes_on_nothing_and_names_what_is_damaged(tmp_path):
     (tmp_path / "empty").mkdir()
@@ -119,7 +105,6 @@ def test_the_report_executes_on_nothing_and_names_what_is_damaged(tmp_path):
     text = run_report(tmp_path / "some", tmp_path)
     assert "1 records: 1 on digits" in text and "left out: 1" in text and "fixed-16-seed1.npz: damaged" in text
 
-
 def test_the_report_executes_on_the_evidence(tmp_path):
     evidence = collect("outputs")
     text = run_report(Path("outputs"), tmp_path)
@@ -127,4 +112,3 @@ def test_the_report_executes_on_the_evidence(tmp_path):
     outputs = [o for cell in json.loads(text)["cells"] for o in cell.get("outputs", ())]
     figures = [o for o in outputs if "image/png" in o.get("data", ())]
     assert figures and all(o["metadata"]["image/png"]["alt"] for o in figures)
-

@@ -8,7 +8,6 @@ from torch.optim import lr_scheduler
 from adabatch.loader import Plan
 from adabatch.schedule import Curve, Schedule, Stage, adabatch, fixed, from_batch_sizes, from_lr_schedule
 
-
 def test_both_sides_of_every_milestone():
     schedule = adabatch(128, 2048, lr=0.01)
     for k in range(5):
@@ -16,26 +15,21 @@ def test_both_sides_of_every_milestone():
             assert schedule.at(epoch) == Stage(20 * k, 128 * 2**k, pytest.approx(0.01 * 0.75**k))
     assert schedule.epochs == 100
     for outside in (-1, 100):
-        with pytest.raises(ValueError, match="outside"):
-            schedule.at(outside)
-
+        with pytest.raises(ValueError, match="outside"): schedule.at(outside)
 
 def test_fixed_decays_by_the_effective_decay():
     schedule = fixed(128, lr=0.01)
     assert {s.batch_size for s in schedule.stages} == {128}
     assert [s.lr for s in schedule.stages] == pytest.approx([0.01 * 0.375**k for k in range(5)])
 
-
 def test_last_stage_may_be_short_and_growth_may_end_early():
     assert [s.start for s in adabatch(16, 256, lr=0.1, every=4, epochs=10).stages] == [0, 4, 8]
     stages = adabatch(16, 32, lr=1.0, every=1, epochs=4).stages
     assert [s.lr for s in stages] == pytest.approx([1, 0.75, 0.75 * 0.375, 0.75 * 0.375**2])
 
-
 def test_growth_by_other_factors():
     assert [s.batch_size for s in adabatch(10, 1000, lr=0.1, growth=10, every=1, epochs=3).stages] == [10, 100, 1000]
     assert [s.batch_size for s in adabatch(3, 3 * 5**12, lr=0.1, growth=5, every=1, epochs=13).stages][-1] == 3 * 5**12
-
 
 def test_warmup_ends_at_the_scaled_rate():
     schedule = fixed(2048, lr=0.01, warmup_epochs=5, base_batch_size=128)
@@ -43,90 +37,72 @@ def test_warmup_ends_at_the_scaled_rate():
     assert ramp[0] == 0.01 and ramp[10] == ramp[11] == pytest.approx(0.16)
     assert np.diff(ramp[:11]) == pytest.approx([0.015] * 10)
 
-
-@pytest.mark.parametrize(
-    "make, error, line",
-    [
-        (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
-        (lambda: adabatch(4, 24, lr=0.1), ValueError, r"\(24\) is not batch_size \(4\) times a power of growth \(2\)"),
-        (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
-        (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
-        (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
-        (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be an integer, not True"),
-        (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be an integer"),
-        (lambda: fixed(4, lr="0.1"), TypeError, "lr must be a number"),
-        (
-            lambda: fixed(4, lr=0.1, warmup_epochs=30, base_batch_size=4),
-            ValueError,
-            "must end before the first milestone",
-        ),
-    ],
-)
+@pytest.mark.parametrize("make, error, line", [
+    (lambda: adabatch(-1, 2, lr=0.1), ValueError, "batch_size must be at least 1, not -1"),
+    (lambda: adabatch(4, 24, lr=0.1), ValueError, r"\(24\) is not batch_size \(4\) times a power of growth \(2\)"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=1), ValueError, "growth must be more than 1"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=0), ValueError, "epochs must be at least 1"),
+    (lambda: adabatch(4, 8, lr=float("nan")), ValueError, "lr must be positive and finite"),
+    (lambda: fixed(True, lr=0.1), TypeError, "batch_size must be an integer, not True"),
+    (lambda: fixed(4.0, lr=0.1), TypeError, "batch_size must be an integer"),
+    (lambda: fixed(4, lr="0.1"), TypeError, "lr must be a number"),
+    (lambda: fixed(4, lr=0.1, warmup_epochs=30, base_batch_size=4), ValueError, "must end before the first milestone"),
+])
 def test_bad_numbers(make, error, line):
-    with pytest.raises(error, match=line):
-        make()
-
+    with pytest.raises(error, match=line): make()
 
 def test_values():
     a, b = adabatch(16, 64, lr=0.1), adabatch(16, 64, lr=0.1)
     assert a == b and hash(a) == hash(b)
-    with pytest.raises(AttributeError):
-        a.epochs = 3
+    with pytest.raises(AttributeError): a.epochs = 3
     assert isinstance(a, Schedule)
-
 
 two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
 
-
-@pytest.mark.parametrize(
-    "ask, error, line",
-    [
-        (lambda: two.at(2.5), TypeError, "epoch must be an integer, not 2.5"),
-        (lambda: two.at("1"), TypeError, "epoch must be an integer, not '1'"),
-        (lambda: two.at(True), TypeError, "epoch must be an integer"),
-        (lambda: two.at(np.arange(3)), TypeError, "epoch must be an integer"),
-        (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
-        (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
-        (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
-        (lambda: two.lr(10**20), ValueError, "epoch must be at most"),
-        (lambda: Schedule((), 3), ValueError, "1 to 10,000 stages, not 0"),
-        (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
-        (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
-        (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
-        (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be an integer"),
-        (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
-        (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
-        (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
-        (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
-        (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
-        (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
-        (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "10,000 stages: raise every, or give milestones"),
-        (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
-        (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "learning rate at 40 epochs must be positive"),
-        (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0"),
-        (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
-        (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
-        (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
-        (lambda: adabatch(4, 8, lr=0.1, milestones=60), TypeError, "milestones must be a list"),
-        (lambda: adabatch(4, 8, lr=0.1, milestones=[60, 60]), ValueError, "must be positive and increase"),
-        (lambda: adabatch(4, 8, lr=0.1, milestones=[0, 60]), ValueError, "must be positive and increase"),
-        (lambda: adabatch(4, 8, lr=0.1, milestones=["60"]), TypeError, "a milestone must be a number, not '60'"),
-        (lambda: from_lr_schedule(0.1, 4, 8, 10), TypeError, "curve must be a function of progress or a scheduler"),
-        (lambda: from_lr_schedule(lambda p: "0.1", 4, 8, 10), TypeError, "curve must be a number"),
-        (lambda: from_lr_schedule(lambda p: math.inf, 4, 8, 10), ValueError, "curve must be finite"),
-        (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
-        (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
-        (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
-        (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule="cubic"), TypeError, "must be a number, not 'cubic'"),
-        (lambda: fixed(2048, lr=0.1, warmup_epochs=5), ValueError, "give base_batch_size"),
-        (lambda: fixed(-(10**5000), lr=0.1), ValueError, "not a number with thousands of digits"),
-    ],
-)
+@pytest.mark.parametrize("ask, error, line", [
+    (lambda: two.at(2.5), TypeError, "epoch must be an integer, not 2.5"),
+    (lambda: two.at("1"), TypeError, "epoch must be an integer, not '1'"),
+    (lambda: two.at(True), TypeError, "epoch must be an integer"),
+    (lambda: two.at(np.arange(3)), TypeError, "epoch must be an integer"),
+    (lambda: two.at(0, 1.0), ValueError, "fraction must be at least 0 and less than 1"),
+    (lambda: two.lr(0, float("nan")), ValueError, "fraction must be finite, not nan"),
+    (lambda: two.lr(0, np.zeros(2)), TypeError, "fraction must be a number"),
+    (lambda: two.lr(10**20), ValueError, "epoch must be at most"),
+    (lambda: Schedule((), 3), ValueError, "1 to 10,000 stages, not 0"),
+    (lambda: Schedule([(0, 4, 0.1)], 3), TypeError, r"stages must be a list of Stage\(start, batch_size, lr\)"),
+    (lambda: Schedule((Stage(1, 4, 0.1),), 3), ValueError, "first stage must begin at 0, not at 1"),
+    (lambda: Schedule((Stage(0, 4, 0.1), Stage(2, 4, 0.1), Stage(2, 4, 0.1)), 3), ValueError, "2 follows 2"),
+    (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be an integer"),
+    (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
+    (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
+    (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
+    (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
+    (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),
+    (lambda: adabatch(10**4000, 10**4001, lr=0.1), ValueError, "batch_size must be at most 9007199254740992"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=10**12), ValueError, "10,000 stages: raise every, or give milestones"),
+    (lambda: adabatch(4, 8, lr=0.1, epochs=10**20), ValueError, "epochs must be at most"),
+    (lambda: fixed(4, lr=0.1, lr_decay=1e-300), ValueError, "learning rate at 40 epochs must be positive"),
+    (lambda: fixed(2**53, lr=1e300, warmup_epochs=1, base_batch_size=1), ValueError, "learning rate at 0"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=math.nan), ValueError, "growth must be finite"),
+    (lambda: adabatch(4, 8, lr=0.1, growth=1 + 1e-12), ValueError, "too close to 1"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones="60"), TypeError, "milestones must be a list"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=60), TypeError, "milestones must be a list"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=[60, 60]), ValueError, "must be positive and increase"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=[0, 60]), ValueError, "must be positive and increase"),
+    (lambda: adabatch(4, 8, lr=0.1, milestones=["60"]), TypeError, "a milestone must be a number, not '60'"),
+    (lambda: from_lr_schedule(0.1, 4, 8, 10), TypeError, "curve must be a function of progress or a scheduler"),
+    (lambda: from_lr_schedule(lambda p: "0.1", 4, 8, 10), TypeError, "curve must be a number"),
+    (lambda: from_lr_schedule(lambda p: math.inf, 4, 8, 10), ValueError, "curve must be finite"),
+    (lambda: from_lr_schedule(lambda p: 0.0, 4, 8, 10), ValueError, "learning rate at 0 epochs must be positive"),
+    (lambda: from_lr_schedule(lambda p: 0.5 - p, 4, 8, 10), ValueError, "negative"),
+    (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule=2), ValueError, "linear, sqrt or a power from 0 to 1"),
+    (lambda: from_lr_schedule(lambda p: 0.1, 4, 8, 10, rule="cubic"), TypeError, "must be a number, not 'cubic'"),
+    (lambda: fixed(2048, lr=0.1, warmup_epochs=5), ValueError, "give base_batch_size"),
+    (lambda: fixed(-(10**5000), lr=0.1), ValueError, "not a number with thousands of digits"),
+])
 def test_one_line_says_what_is_wrong(ask, error, line):
-    with pytest.raises(error, match=line) as caught:
-        ask()
+    with pytest.raises(error, match=line) as caught: ask()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
-
 
 def test_irregular_milestones_and_fractional_growth():
     schedule = adabatch(100, 400, lr=0.1, lr_decay=0.75, growth=1.5, milestones=[60, 120, 160, 180, 300], epochs=200)
@@ -139,10 +115,7 @@ def test_irregular_milestones_and_fractional_growth():
     assert adabatch(16, 64, lr=0.1, growth=2.0) == adabatch(16, 64, lr=0.1)
     assert adabatch(16, 64, lr=0.1, milestones=range(20, 100, 20)) == adabatch(16, 64, lr=0.1)
 
-
-def optimizer(lr):
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-
+def optimizer(lr): return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
 
 SCHEDULERS = {
     "cosine": (lambda o: lr_scheduler.CosineAnnealingLR(o, 40), 40),
@@ -152,12 +125,9 @@ SCHEDULERS = {
     "one cycle": (lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=400), 400),
     "sequential": (
         lambda o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)], [5]
-        ),
-        40,
-    ),
+            o, [lr_scheduler.LinearLR(o, 0.1, total_iters=5), lr_scheduler.ExponentialLR(o, 0.9)], [5]),
+        40),
 }
-
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("rule, power", [("linear", 1), ("sqrt", 0.5), (0.75, 0.75)])
@@ -182,7 +152,6 @@ def test_pytorchs_schedulers(name, rule, power):
     lowest = sizes.index(32)  # the batch is doubled as soon as the curve is at half its peak, no earlier
     assert expected[lowest] <= max(expected) / 2 * (1 + 1e-9) < expected[lowest - 1]
 
-
 def test_a_scheduler_without_a_curve():
     with pytest.raises(TypeError, match="ReduceLROnPlateau depends on the course of training, so it has no curve"):
         from_lr_schedule(lr_scheduler.ReduceLROnPlateau(optimizer(0.1)), 16, 32, 10)
@@ -191,24 +160,18 @@ def test_a_scheduler_without_a_curve():
     stepped = lr_scheduler.StepLR(optimizer(0.1), 3)
     stepped.optimizer.step()
     stepped.step()
-    with pytest.raises(ValueError, match="already been stepped"):
-        from_lr_schedule(stepped, 16, 32, 10)
-
+    with pytest.raises(ValueError, match="already been stepped"): from_lr_schedule(stepped, 16, 32, 10)
 
 @pytest.mark.parametrize("decay, growth", [(0.375, 2), (0.1, 2), (0.5, 2), (0.1, 10), (0.2, 3), (0.4, 1.5)])
 def test_adabatch_is_the_linear_rule_on_a_step_decay(decay, growth):
     top = round(16 * growth**3) if isinstance(growth, int) else 50
     ours = adabatch(16, top, lr=0.1, lr_decay=decay * growth, growth=growth, every=7, epochs=40)
-
-    def function(p):
-        return 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7)
-
+    def function(p): return 0.1 * decay ** (math.floor(p * 40 + 1e-9) // 7)
     for curve in (function, lr_scheduler.StepLR(optimizer(0.1), 7, gamma=decay)):
         theirs = from_lr_schedule(curve, 16, top, epochs=40, growth=growth)
         for epoch in range(40):
             assert theirs.at(epoch, 0.3).batch_size == ours.at(epoch, 0.3).batch_size
             assert theirs.lr(epoch, 0.3) == pytest.approx(ours.lr(epoch, 0.3), rel=1e-12)
-
 
 def test_seesaw():
     "Where the scheduler divides the learning rate by a, it is divided by sqrt(a), and the batch multiplied by a."
@@ -217,7 +180,6 @@ def test_seesaw():
         assert (stage.start, stage.batch_size, stage.lr) == (k, 8 * 4**k, pytest.approx(0.1 / 2**k))
     assert len(schedule.stages) == 4
 
-
 def test_a_curve_that_rises_again_shrinks_no_batch():
     schedule = from_lr_schedule(lambda p: 0.1 + 0.09 * math.cos(4 * math.pi * p), 8, 256, epochs=10)
     sizes = [schedule.at(e).batch_size for e in range(10)]
@@ -225,7 +187,6 @@ def test_a_curve_that_rises_again_shrinks_no_batch():
     assert sizes == [8, 8, 32, 128, 128, 128, 128, 128, 128, 128]
     assert schedule.lr(5) / 128 == pytest.approx(0.19 / 8)
     assert isinstance(schedule.curve, Curve)
-
 
 def test_a_function_of_the_epoch_for_the_batch_size():
     cosine = from_batch_sizes(lambda e: 1024 - 960 * (1 + math.cos(math.pi * e / 30)) / 2, epochs=31, lr=0.1)
@@ -238,31 +199,22 @@ def test_a_function_of_the_epoch_for_the_batch_size():
         (20, 256, 0.05),
     ]
 
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((64, 10, 0.1), "batch_size must be a function of the epoch, not 64"),
-        ((lambda e: 0.2, 10, 0.1), "batch_size must be at least 1, not 0"),
-        ((lambda e: None, 10, 0.1), "the batch size must be a number, not None"),
-        ((lambda e: 64, 10**6, 0.1), "epochs must be at most 10000"),
-        ((lambda e: 64, 10, lambda e: 0.3 - 0.1 * e), "the learning rate at 3 epochs must be positive"),
-    ],
-)
+@pytest.mark.parametrize("arguments, message", [
+    ((64, 10, 0.1), "batch_size must be a function of the epoch, not 64"),
+    ((lambda e: 0.2, 10, 0.1), "batch_size must be at least 1, not 0"),
+    ((lambda e: None, 10, 0.1), "the batch size must be a number, not None"),
+    ((lambda e: 64, 10**6, 0.1), "epochs must be at most 10000"),
+    ((lambda e: 64, 10, lambda e: 0.3 - 0.1 * e), "the learning rate at 3 epochs must be positive"),
+])
 def test_functions_of_the_epoch_that_make_no_schedule(arguments, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        from_batch_sizes(*arguments)
-
+    with pytest.raises((TypeError, ValueError), match=message): from_batch_sizes(*arguments)
 
 def test_a_largest_batch_that_does_not_fit_is_answered_with_those_that_do():
-    with pytest.raises(ValueError, match="the nearest are 192 and 384"):
-        adabatch(3, 256, lr=0.1)
-
+    with pytest.raises(ValueError, match="the nearest are 192 and 384"): adabatch(3, 256, lr=0.1)
 
 def test_schedules_and_plans_show_what_they_are():
     assert repr(adabatch(16, 32, lr=0.1, every=1, epochs=2)) == (
-        "<Schedule of 2 epochs: 16 at lr 0.1 from 0, 32 at lr 0.075 from 1>"
-    )
+        "<Schedule of 2 epochs: 16 at lr 0.1 from 0, 32 at lr 0.075 from 1>")
     many = fixed(16, lr=0.1, lr_decay=0.9, every=1, epochs=50)
     assert len(repr(many)) < 250 and "44 more" in repr(many) and "from 49" in repr(many)
     plan = Plan(adabatch(16, 32, lr=0.1, every=1, epochs=2), samples=100)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import small, together
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, MultiStepLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from adabatch import files, record, train
 from adabatch.data import load_data
@@ -28,10 +29,8 @@ from adabatch.trainer import Trainer
 
 SCHEDULE = adabatch(8, 32, lr=0.1, every=1, epochs=3)  # of 100 samples: 12 + 6 + 3 updates
 
-
 def sgd(lr=0.1, model=None):
     return torch.optim.SGD((model or torch.nn.Linear(4, 2)).parameters(), lr=lr, momentum=0.9)
-
 
 def parts(workers=0, **settings):
     "A plan, its loader, an optimizer and its scheduler."
@@ -39,18 +38,15 @@ def parts(workers=0, **settings):
     dataset = TensorDataset(torch.arange(100))
     return plan, DataLoader(dataset, batch_sampler=plan, num_workers=workers), optimizer, plan.lr_scheduler(optimizer)
 
-
 def step(optimizer, scheduler):
     optimizer.step()
     scheduler.step()
-
 
 def listen(action):
     "Do this with every warning but those of other packages that are of no interest here."
     warnings.simplefilter(action, UserWarning)
     for message in ("This DataLoader will create", "'set_vital' is deprecated"):
         warnings.filterwarnings("ignore", message, UserWarning)
-
 
 def warned(call, line, here=True):
     "What `call()` returns; it warns once, in one line, which is shown as a warning of the line that called."
@@ -62,7 +58,6 @@ def warned(call, line, here=True):
     assert caught[0].category is UserWarning and (caught[0].filename == __file__ or not here), caught[0].filename
     return result
 
-
 @pytest.fixture(autouse=True)
 def strict():
     "Whatever is used as it should be is silent."
@@ -70,27 +65,21 @@ def strict():
         listen("error")
         yield
 
-
 # 1. a model that arrives in eval mode
-
 
 class Dropping(torch.nn.Module):
     "With batch normalisation and dropout, whose modes the results depend on."
-
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
         layers = torch.nn.Linear(3072, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 10)
         self.layers = torch.nn.Sequential(torch.nn.Flatten(), *layers)
 
-    def forward(self, x):
-        return self.layers(x)
-
+    def forward(self, x): return self.layers(x)
 
 def trainer(model=None, epochs=2, **settings):
     model = model or small()
     return Trainer(model, sgd(1.0, model), load_data("digits"), fixed(64, lr=0.1, epochs=epochs), **settings)
-
 
 def final(prepare, **settings):
     "The state after a training of the network, once it was prepared."
@@ -99,10 +88,7 @@ def final(prepare, **settings):
     trainer(model).fit(**settings)
     return model.state_dict()
 
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
-
+def same(a, b): return all(torch.equal(a[name], b[name]) for name in a)
 
 def test_a_model_in_eval_mode_is_trained_in_train_mode():
     expected = final(lambda model: None)
@@ -113,13 +99,11 @@ def test_a_model_in_eval_mode_is_trained_in_train_mode():
     t.fit(on_epoch=lambda epoch, row: model.eval())  # and by a test of one's own
     assert same(model.state_dict(), expected)
 
-
 def test_layers_that_are_frozen_stay_so():
     model = Dropping()
     model.layers[2].eval()  # batch normalisation keeps its statistics
     trainer(model).fit()
     assert model.layers[2].num_batches_tracked == 0 and not model.layers[2].training and model.training
-
 
 def evaluated(folder):
     with process_group("cpu"):
@@ -128,22 +112,15 @@ def evaluated(folder):
         trainer(model)
         assert not model.training
 
-
 def test_two_processes_leave_the_mode_as_it_is(tmp_path):
     together(2, evaluated, tmp_path)
 
-
 # 2. a loss that is a mean
 
-
-def mean_loss(output, y):
-    return F.cross_entropy(output, y)
-
+def mean_loss(output, y): return F.cross_entropy(output, y)
 
 class Mean(torch.nn.Module):
-    def forward(self, output, y):
-        return F.nll_loss(F.log_softmax(output, 1), y)
-
+    def forward(self, output, y): return F.nll_loss(F.log_softmax(output, 1), y)
 
 MEANS = {
     "a function": F.cross_entropy,
@@ -157,11 +134,9 @@ MEANS = {
     "a mean with a penalty": lambda output, y: F.cross_entropy(output, y) + 0.1 * output.square().mean(),
 }
 
-
 def test_a_mean_metric_is_refused():
     with pytest.raises(ValueError, match="the metric must be summed over the samples"):
         trainer(metric=lambda output, y: (output.argmax(1) != y).float().mean() + 1).fit()
-
 
 SUMS = {
     "a function": lambda output, y: F.cross_entropy(output, y, reduction="sum"),
@@ -170,12 +145,9 @@ SUMS = {
     "twice the half": lambda output, y: 2 * (0.5 * F.cross_entropy(output, y, reduction="sum")),
 }
 
-
 @pytest.mark.parametrize("loss", MEANS.values(), ids=MEANS)
 def test_a_mean_loss_is_refused(loss):
-    with pytest.raises(ValueError, match="must be summed over the samples"):
-        trainer(loss=loss).fit()
-
+    with pytest.raises(ValueError, match="must be summed over the samples"): trainer(loss=loss).fit()
 
 @pytest.mark.parametrize("loss", SUMS.values(), ids=SUMS)
 def test_a_summed_loss_is_asked_without_a_trace(loss):
@@ -184,7 +156,6 @@ def test_a_summed_loss_is_asked_without_a_trace(loss):
     trainer(expected).fit()  # the default is known to be a sum: it is not asked
     assert same(asked.state_dict(), expected.state_dict())
 
-
 UNUSABLE = {
     "a number": lambda output, y: F.cross_entropy(output, y, reduction="sum").item(),
     "a vector": lambda output, y: F.cross_entropy(output, y, reduction="none"),
@@ -192,21 +163,16 @@ UNUSABLE = {
     "nothing": lambda output, y: None,
 }
 
-
 @pytest.mark.parametrize("loss", UNUSABLE.values(), ids=UNUSABLE)
 def test_a_loss_that_cannot_be_differentiated(loss):
-    with pytest.raises(TypeError, match="the loss must be") as caught:
-        trainer(loss=loss).fit()
+    with pytest.raises(TypeError, match="the loss must be") as caught: trainer(loss=loss).fit()
     assert "\n" not in str(caught.value)
 
-
 # 3. a loop over epochs left around the loop over all updates; a scheduler that is stepped too often
-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loop_over_epochs_around_the_loader(workers):
     plan, loader, optimizer, scheduler = parts(workers)
-
     def train():
         made = 0
         for _ in range(3):
@@ -214,93 +180,64 @@ def test_a_loop_over_epochs_around_the_loader(workers):
                 step(optimizer, scheduler)
                 made += 1
         return made
-
     assert warned(train, "all 21 updates are done", here=False) == 21
-
 
 def test_a_scheduler_that_is_stepped_beyond_the_plan():
     plan, loader, optimizer, scheduler = parts()
     assert plan.updates == 21
-
     def beyond():
-        for _ in range(25):
-            step(optimizer, scheduler)
-
+        for _ in range(25): step(optimizer, scheduler)
     warned(beyond, "has counted 22 updates, but the plan has given 0 batches of 21")
-
     plan, loader, optimizer, scheduler = parts()
-
     def twice():
         for _ in loader:
             step(optimizer, scheduler)
             scheduler.step()
-
     warned(twice, "step it once after each batch")
-
 
 def test_an_epoch_trained_twice():
     plan, loader, optimizer, scheduler = parts()
-
     def train():
         for _ in plan.by_epoch():
             for _ in range(2):
-                for _ in loader:
-                    step(optimizer, scheduler)
-
+                for _ in loader: step(optimizer, scheduler)
     warned(train, "step it once after each batch")
-
 
 def test_fewer_steps_than_batches():
     plan, loader, optimizer, scheduler = parts()
-
     def accumulate():
         for _ in plan.by_epoch():
             for k, _ in enumerate(loader):
-                if k % 2:
-                    step(optimizer, scheduler)
-
+                if k % 2: step(optimizer, scheduler)
     warned(accumulate, "step it once after each batch")
-
 
 def test_a_scheduler_that_is_stepped_every_epoch():
     plan, loader, optimizer, scheduler = parts()
-
     def train():
         for _ in range(3):
-            for _ in loader:
-                optimizer.step()
+            for _ in loader: optimizer.step()
             scheduler.step()
-
     warned(train, "has given all 21 batches, but the scheduler has counted 1 updates", here=False)
-
 
 def test_two_schedulers_of_one_optimizer():
     plan, loader, optimizer, scheduler = parts()
     other = CosineAnnealingLR(optimizer, 21)
-
     def train():
         for _ in loader:
             step(optimizer, scheduler)
             other.step()
-
     warned(train, "nothing else may set it, no other scheduler either")
-
 
 def test_gradients_accumulated_over_batches_of_the_plan():
     plan = Plan(fixed(1, lr=0.1, epochs=30), 100)
     optimizer = sgd()
     scheduler = plan.lr_scheduler(optimizer)
-
     def train():
         for k, _ in enumerate(plan):
-            if k % 2:
-                step(optimizer, scheduler)
-
+            if k % 2: step(optimizer, scheduler)
     warned(train, "batches were drawn since the scheduler last counted an update", here=False)
 
-
 # 4. and 10. what to save, and one meaning of a step
-
 
 @pytest.mark.parametrize("by_epoch", [False, True])
 @pytest.mark.parametrize("workers", [0, 3])
@@ -317,7 +254,6 @@ def test_start_is_the_number_of_updates_done(workers, by_epoch):
             assert len(plan) in (21, 12, 6, 3)  # it does not shrink in a loop
     assert done == 21 and list(plan.by_epoch()) == []
 
-
 @pytest.mark.parametrize("saved", ["plan.start", "plan.state_dict()", "scheduler.state_dict()"])
 @pytest.mark.parametrize("at", [1, 12, 15])
 def test_whatever_is_saved_resumes(saved, at):
@@ -325,8 +261,7 @@ def test_whatever_is_saved_resumes(saved, at):
     plan, loader, optimizer, scheduler = parts(workers=2)
     for _ in loader:
         step(optimizer, scheduler)
-        if plan.start == at:
-            break
+        if plan.start == at: break
     state = eval(saved)
     assert "plan" not in str(state)
     weights = copy.deepcopy(optimizer.state_dict())
@@ -343,7 +278,6 @@ def test_whatever_is_saved_resumes(saved, at):
         step(optimizer, scheduler)
     assert plan.start == 21
 
-
 def test_a_loop_that_breaks_off_goes_on():
     plan, loader, optimizer, scheduler = parts()
     seen = []
@@ -351,10 +285,8 @@ def test_a_loop_that_breaks_off_goes_on():
         for (indices,) in loader:
             seen.append(indices.tolist())
             step(optimizer, scheduler)
-            if plan.start == stop:
-                break
+            if plan.start == stop: break
     assert seen == list(Plan(SCHEDULE, 100))
-
 
 def test_looking_at_batches_counts_nothing():
     plan, loader, optimizer, scheduler = parts()
@@ -362,106 +294,77 @@ def test_looking_at_batches_counts_nothing():
     next(iter(loader))
     for _ in loader:
         step(optimizer, scheduler)
-        if plan.start == 5:
-            next(iter(loader))
+        if plan.start == 5: next(iter(loader))
     assert plan.start == 21
-
 
 def test_a_plan_without_its_scheduler_cannot_count():
     plan = Plan(SCHEDULE, 100)
-    for _ in plan:
-        break
+    for _ in plan: break
     assert warned(lambda: plan.start, "only the loop knows") == 0
     plan.start = 1
     assert plan.start == 1
-
 
 def test_resumed_in_the_wrong_order():
     def resume(load):
         plan, loader, optimizer, scheduler = parts()
         load(plan, scheduler)
-        for _ in loader:
-            step(optimizer, scheduler)
-
+        for _ in loader: step(optimizer, scheduler)
     later = parts()[3]
-    for _ in range(5):
-        step(later.optimizer, later)
+    for _ in range(5): step(later.optimizer, later)
     warned(lambda: resume(lambda plan, scheduler: setattr(plan, "start", 5)), "set plan.start before making it")
     warned(
         lambda: resume(lambda plan, scheduler: scheduler.load_state_dict(later.state_dict())),
-        "when resuming, set plan.start",
-    )
-
+        "when resuming, set plan.start")
 
 def test_epochs_of_a_stateful_loader():
-    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     plan, _, optimizer, scheduler = parts()
-    loader = stateful.StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
+    loader = StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
     for _ in loader:
         step(optimizer, scheduler)
-        if plan.start == 14:
-            break
+        if plan.start == 14: break
     state, update = loader.state_dict(), plan.state_dict()
-
     def resumed(load):
         plan = Plan(SCHEDULE, 100)
-        loader = stateful.StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
+        loader = StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
         load(plan)
         loader.load_state_dict(copy.deepcopy(state))
         return [(epoch, len(list(loader))) for epoch in plan.by_epoch()]
-
     assert resumed(lambda plan: plan.load_state_dict(update)) == [(1, 4), (2, 3)]
     assert warned(lambda: resumed(lambda plan: None), "set plan.start = 14, too", here=False) == [(0, 4), (2, 3)]
 
-
 # 5. a batch that never reaches its largest size
 
-
-@pytest.mark.parametrize(
-    "make, line",
-    [
-        (lambda: adabatch(256, 4096, lr=0.1, epochs=30), "ends at 512, not at max_batch_size 4096: give every=7"),
-        (lambda: adabatch(128, 2048, lr=0.01, epochs=10), "ends at 128, not at max_batch_size 2048: give every=2"),
-        (
-            lambda: adabatch(256, 4096, lr=0.1, epochs=90, every=30),
-            "ends at 1024, not at max_batch_size 4096: give every=22",
-        ),
-        (
-            lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4]),
-            "ends at 32, not at max_batch_size 64: give 2 milestones",
-        ),
-        (
-            lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4, 9]),
-            "ends at 32, not at max_batch_size 64: give 2 milestones",
-        ),
-        (
-            lambda: adabatch(16, 256, lr=0.1, epochs=2, every=1),
-            "ends at 32, not at max_batch_size 256: give more than 4 epochs",
-        ),
-        (lambda: adabatch(16, 256, lr=0.1, epochs=1), "ends at 16, not at max_batch_size 256: give more than 4 epochs"),
-    ],
-)
+@pytest.mark.parametrize("make, line", [
+    (lambda: adabatch(256, 4096, lr=0.1, epochs=30), "ends at 512, not at max_batch_size 4096: give every=7"),
+    (lambda: adabatch(128, 2048, lr=0.01, epochs=10), "ends at 128, not at max_batch_size 2048: give every=2"),
+    (
+        lambda: adabatch(256, 4096, lr=0.1, epochs=90, every=30),
+        "ends at 1024, not at max_batch_size 4096: give every=22"),
+    (
+        lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4]),
+        "ends at 32, not at max_batch_size 64: give 2 milestones"),
+    (
+        lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4, 9]),
+        "ends at 32, not at max_batch_size 64: give 2 milestones"),
+    (
+        lambda: adabatch(16, 256, lr=0.1, epochs=2, every=1),
+        "ends at 32, not at max_batch_size 256: give more than 4 epochs"),
+    (lambda: adabatch(16, 256, lr=0.1, epochs=1), "ends at 16, not at max_batch_size 256: give more than 4 epochs"),
+])
 def test_a_batch_that_never_reaches_its_largest(make, line):
     warned(make, line)
-
 
 def test_a_milestone_too_close_to_the_end():
     schedule = adabatch(16, 32, lr=0.1, milestones=[2.99], epochs=3)
     warned(lambda: Plan(schedule, 100), "no update is left for the batch of 32")
     assert Plan(schedule, 10_000).at(1869).batch_size == 32
 
-
 def test_what_reaches_its_largest_is_silent():
     for schedule in (
-        adabatch(256, 4096, lr=0.1),
-        adabatch(256, 4096, lr=0.1, growth=4),
-        adabatch(100, 300, 0.1, growth=1.5),
-    ):
+        adabatch(256, 4096, lr=0.1), adabatch(256, 4096, lr=0.1, growth=4), adabatch(100, 300, 0.1, growth=1.5)):
         assert schedule.stages[-1].batch_size in (4096, 300)
     adabatch(64, 64, lr=0.1, epochs=1)
-    for every in (7, 6):
-        assert adabatch(256, 4096, lr=0.1, epochs=30, every=every).at(29).batch_size == 4096
-
+    for every in (7, 6): assert adabatch(256, 4096, lr=0.1, epochs=30, every=every).at(29).batch_size == 4096
 
 def test_a_run_is_named_by_what_it_reaches():
     run = warned(lambda: resolve(Experiment("alexnet", "cifar10", epochs=30)), "ends at 512", here=False)
@@ -470,10 +373,8 @@ def test_a_run_is_named_by_what_it_reaches():
     text = resolve(Experiment("resnet20", "cifar10")).describe()
     assert "128 (epoch 0, lr 0.01)" in text and "2048 (epoch 80, lr 0.00316406)" in text
 
-
 def test_names_of_the_records_have_not_changed():
     from adabatch import record
-
     paths = sorted(Path("outputs").rglob("*.npz"))
     assert len(paths) > 70
     for path in paths:
@@ -481,30 +382,19 @@ def test_names_of_the_records_have_not_changed():
         known = {name: value for name, value in config.items() if name in Experiment.__dataclass_fields__}
         assert resolve(Experiment(**known, output_dir="outputs", device="cpu"), here=False).path == path
 
-
 # 6. schedules read from a curve that is none of this training
 
-
-@pytest.mark.parametrize(
-    "curve, line",
-    [
-        (lambda: OneCycleLR(sgd(), 0.1, total_steps=1000), "OneCycleLR has total_steps=1000, but is read for 10"),
-        (lambda: CosineAnnealingLR(sgd(), T_max=1000), "CosineAnnealingLR has T_max=1000, but is read for 10"),
-        (lambda: CosineAnnealingLR(sgd(), T_max=5), "CosineAnnealingLR has T_max=5, but is read for 10"),
-    ],
-)
+@pytest.mark.parametrize("curve, line", [
+    (lambda: OneCycleLR(sgd(), 0.1, total_steps=1000), "OneCycleLR has total_steps=1000, but is read for 10"),
+    (lambda: CosineAnnealingLR(sgd(), T_max=1000), "CosineAnnealingLR has T_max=1000, but is read for 10"),
+    (lambda: CosineAnnealingLR(sgd(), T_max=5), "CosineAnnealingLR has T_max=5, but is read for 10"),
+])
 def test_a_scheduler_of_other_steps(curve, line):
-    with pytest.raises(ValueError, match=line):
-        from_lr_schedule(curve(), 16, 256, epochs=10)
-
+    with pytest.raises(ValueError, match=line): from_lr_schedule(curve(), 16, 256, epochs=10)
 
 def test_a_curve_without_growth():
-    def of_the_epoch(epoch):
-        return 0.1 * 0.1 ** (epoch // 30)
-
-    def read(curve):
-        return warned(lambda: from_lr_schedule(curve, 16, 256, epochs=10), "never grows")
-
+    def of_the_epoch(epoch): return 0.1 * 0.1 ** (epoch // 30)
+    def read(curve): return warned(lambda: from_lr_schedule(curve, 16, 256, epochs=10), "never grows")
     for curve in (of_the_epoch, lambda progress: 0.1, MultiStepLR(sgd(), [300, 600])):
         assert len(read(curve).stages) == 1
     from_lr_schedule(lambda progress: 0.1, 16, 16, epochs=10)
@@ -513,44 +403,33 @@ def test_a_curve_without_growth():
     from_lr_schedule(CosineAnnealingLR(sgd(), T_max=1000), 16, 256, epochs=10, steps=1000)
     from_lr_schedule(CosineAnnealingLR(sgd(), T_max=999), 16, 256, epochs=10, steps=1000)  # to its very end
 
-
 # 7. several processes that the plan does not know
-
 
 def several(settings, line):
     with process_group("cpu"):
         rank = torch.distributed.get_rank()
         mine = {name: rank if value == "mine" else value for name, value in settings.items()}
         plan = Plan(SCHEDULE, 100, **mine)
-        if line:
-            warned(lambda: [list(plan), list(plan)], line)
-        else:
-            list(plan)
+        if line: warned(lambda: [list(plan), list(plan)], line)
+        else: list(plan)
         plan.at(0), Plan(SCHEDULE, 100).at(0)  # looking things up is silent
 
-
-@pytest.mark.parametrize(
-    "settings, line",
-    [
-        ({}, "give Plan rank and world_size"),
-        (dict(rank=0, world_size=3), "give Plan rank and world_size"),
-        (dict(rank="mine", world_size=2), None),
-    ],
-)
+@pytest.mark.parametrize("settings, line", [
+    ({}, "give Plan rank and world_size"),
+    (dict(rank=0, world_size=3), "give Plan rank and world_size"),
+    (dict(rank="mine", world_size=2), None),
+])
 def test_processes_that_the_plan_does_not_know(settings, line):
     together(2, several, settings, line)
 
-
 # 8. an optimizer with another rate
-
 
 def test_an_optimizer_with_another_base_rate():
     warm = adabatch(16, 32, lr=0.1, every=2, epochs=4, warmup_epochs=2, base_batch_size=4)  # from 0.1 to 0.4
     plan = Plan(warm, 100)
     warned(
         lambda: plan.lr_scheduler(sgd(warm.stages[0].lr)),
-        "was built with lr=0.4, not 0.1: all learning rates will be 4",
-    )
+        "was built with lr=0.4, not 0.1: all learning rates will be 4")
     plan.lr_scheduler(sgd(0.1))
     groups = torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 0.01)], lr=1)
     plan.lr_scheduler(groups)
@@ -560,16 +439,12 @@ def test_an_optimizer_with_another_base_rate():
     plan = Plan(from_lr_schedule(OneCycleLR(shared, 0.1, total_steps=10), 16, 32, epochs=10), 100)
     warned(lambda: plan.lr_scheduler(shared), "was built with lr=0.004, not 0.1")
 
-
 # handled, but not in one line of the right kind
 
-
 def error_of(call, kind):
-    with pytest.raises(kind) as caught:
-        call()
+    with pytest.raises(kind) as caught: call()
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     return str(caught.value)
-
 
 def test_a_checkpoint_of_another_version(tmp_path):
     path = tmp_path / "run.pt"
@@ -579,7 +454,6 @@ def test_a_checkpoint_of_another_version(tmp_path):
         files.save_checkpoint(path, {n: v for n, v in saved.items() if n != name})
         assert "another version" in error_of(lambda: trainer().fit(path, {"lr": 0.1}), ValueError)
 
-
 def test_parts_that_no_training_can_use():
     lazy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))
     assert "lazy or meta" in error_of(lambda: trainer(lazy), ValueError)
@@ -588,9 +462,7 @@ def test_parts_that_no_training_can_use():
     newton = torch.optim.LBFGS(model.parameters())
     assert "LBFGS" in error_of(lambda: Trainer(model, newton, load_data("digits"), fixed(64, 0.1)), TypeError)
     for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            assert "no_grad" in error_of(trainer().fit, ValueError)
-
+        with context: assert "no_grad" in error_of(trainer().fit, ValueError)
 
 def test_plans_that_are_none():
     assert Plan(SCHEDULE, 100, world_size=2**53, rank=99).at(0).shard == (8, 8)  # at once
@@ -599,22 +471,17 @@ def test_plans_that_are_none():
     long = Schedule((Stage(0, 1, 0.1),), epochs=2**53)
     assert "updates in the whole training must be at most" in error_of(lambda: Plan(long, 1000), ValueError)
 
-
 ROW = dict.fromkeys((*record.COUNTS, *record.MEASURES, *record.CLOCKS), 1)
 
-
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        (dict(history=[]), "at least one epoch"),
-        (dict(history=[dict(ROW, lr="high")]), "could not convert"),
-        (dict(history=[{n: v for n, v in ROW.items() if n != "lr"}]), "the history lacks lr"),
-        (dict(history=[dict(ROW, updates=2.7)]), "a count must be whole"),
-        (dict(config=[1]), "dicts of settings"),
-        (dict(environment=None), "dicts of settings"),
-        (dict(status="done"), "a status of complete, diverged"),
-    ],
-)
+@pytest.mark.parametrize("change, line", [
+    (dict(history=[]), "at least one epoch"),
+    (dict(history=[dict(ROW, lr="high")]), "could not convert"),
+    (dict(history=[{n: v for n, v in ROW.items() if n != "lr"}]), "the history lacks lr"),
+    (dict(history=[dict(ROW, updates=2.7)]), "a count must be whole"),
+    (dict(config=[1]), "dicts of settings"),
+    (dict(environment=None), "dicts of settings"),
+    (dict(status="done"), "a status of complete, diverged"),
+])
 def test_a_record_that_could_not_be_loaded_is_not_saved(change, line, tmp_path):
     parts = dict(history=[ROW], config={}, environment={}, status="complete")
     record.save(tmp_path / "good.npz", **parts)
@@ -623,18 +490,13 @@ def test_a_record_that_could_not_be_loaded_is_not_saved(change, line, tmp_path):
         record.save(tmp_path / "bad.npz", **parts | change)
     assert [path.name for path in tmp_path.iterdir()] == ["good.npz"]
 
-
 def test_a_record_of_false_size(tmp_path):
     path = tmp_path / "r.npz"
     record.save(path, [ROW], {}, {}, "complete")
-    with zipfile.ZipFile(path) as f:
-        members = {name: f.read(name) for name in f.namelist()}
-
+    with zipfile.ZipFile(path) as f: members = {name: f.read(name) for name in f.namelist()}
     def write(**others):
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as f:
-            for name, data in (members | others).items():
-                f.writestr(name, data)
-
+            for name, data in (members | others).items(): f.writestr(name, data)
     header = np.lib.format.header_data_from_array_1_0(np.zeros(1)) | dict(shape=(10**14,))
     with io.BytesIO() as f:
         np.lib.format.write_array_header_1_0(f, header)
@@ -648,7 +510,6 @@ def test_a_record_of_false_size(tmp_path):
         write(**{"lr.npy": f.getvalue()})
     assert "damaged" in error_of(lambda: record.load(path), ValueError)
 
-
 def test_names_and_pipes(tmp_path):
     for name in ("a\nb", "a\0b"):
         error_of(lambda name=name: record.load(tmp_path / name), FileNotFoundError)
@@ -656,7 +517,6 @@ def test_names_and_pipes(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for read in (record.load, files.load_weights, files.load_checkpoint):
         assert "it is a pipe" in error_of(lambda read=read: read(tmp_path / "pipe"), OSError)
-
 
 def test_a_folder_where_a_file_is_to_go(tmp_path, quick):
     e = Experiment(epochs=2, every=1, max_batch_size=32, device="cpu", output_dir=str(tmp_path))
@@ -666,42 +526,26 @@ def test_a_folder_where_a_file_is_to_go(tmp_path, quick):
         assert f"{folder} is a folder" in error_of(lambda: train.run(e), OSError)
         folder.rmdir()
 
-
 class Full:
     "A file on a disk that is full."
-
-    def __init__(self, file):
-        self.file = file
-
-    def write(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def flush(self):
-        self.write(b"")
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
+    def __init__(self, file): self.file = file
+    def write(self, data): raise OSError(errno.ENOSPC, "No space left on device")
+    def flush(self): self.write(b"")
+    def __getattr__(self, name): return getattr(self.file, name)
 
 def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
     def full(path, mode):
         @contextlib.contextmanager
         def opened():
-            with open(path, mode) as f:
-                yield Full(f)
-
+            with open(path, mode) as f: yield Full(f)
         return opened()
-
     monkeypatch.setattr(files, "open", full, raising=False)
     for save in (
         lambda p: files.save_checkpoint(p, {"x": torch.zeros(10)}),
-        lambda p: record.save(p, [ROW], {}, {}, "complete"),
-    ):
+        lambda p: record.save(p, [ROW], {}, {}, "complete")):
         assert "could not be written (No space left on device)" in error_of(
-            lambda save=save: save(tmp_path / "x"), OSError
-        )
+            lambda save=save: save(tmp_path / "x"), OSError)
         assert list(tmp_path.iterdir()) == []
-
 
 def test_the_command_warns_in_one_line(tmp_path, capfd, quick):
     listen("default")
@@ -709,14 +553,11 @@ def test_the_command_warns_in_one_line(tmp_path, capfd, quick):
     assert train.main([f"--{name}={value}" for name, value in options.items()]) == 0
     shown = capfd.readouterr()
     assert (
-        shown.err.startswith("warning: the batch ends at 16, not at max_batch_size 256") and shown.err.count("\n") == 1
-    )
+        shown.err.startswith("warning: the batch ends at 16, not at max_batch_size 256") and shown.err.count("\n") == 1)
     assert "adabatch-16-16-epochs1-seed0.npz" in shown.out
-
 
 def test_a_scheduler_that_is_never_stepped_in_an_epoch_is_noticed():
     plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), samples=512)
     plan.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
     with pytest.warns(UserWarning, match="the epoch gave 32 batches, but the scheduler has counted 0: step it once"):
-        for _ in plan.by_epoch():
-            list(plan)
+        for _ in plan.by_epoch(): list(plan)

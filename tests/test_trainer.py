@@ -23,33 +23,23 @@ from adabatch.trainer import Trainer
 
 GROWING = adabatch(16, 64, lr=0.02, every=2, epochs=4)
 
-
 def trainer(schedule, model=None, data=None, **settings):
     model = model or small()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
     return Trainer(model, optimizer, data or load_data("digits"), schedule, **settings)
 
+def clockless(history): return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
 
-def clockless(history):
-    return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
-
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def test_shards_and_micro_batches_cover_every_sample_once():
     assert split(128, 3) == [43, 43, 42]
     for batch, size, micro in ((128, 3, 64), (128, 3, 7), (2, 3, 1), (100, 1, 30)):
         for batch_slice in [(start, min(start + batch, 300)) for start in range(0, 300, batch)]:
             samples = [
-                i
-                for rank in range(size)
-                for a, b in micro_batches(shard(batch_slice, rank, size), micro)
-                for i in range(a, b)
-            ]
+                i for rank in range(size) for a, b in micro_batches(shard(batch_slice, rank, size), micro)
+                for i in range(a, b)]
             assert samples == list(range(*batch_slice))
-
 
 def test_micro_batches_are_cut_equal():
     assert micro_batches((0, 683), 342) == [(0, 342), (342, 683)]
@@ -61,34 +51,24 @@ def test_micro_batches_are_cut_equal():
                 min(sizes) > 1 or samples == 1 or size < 3
             )  # never a piece of one image
 
-
 # --- however an update is cut
-
 
 class Watched:
     "Digits, cut down to a few samples, that keeps what it was asked for."
-
     def __init__(self, samples):
         whole = load_data("digits")
         self.inner = Images(
-            (whole.crops[:samples, 4, 4].permute(0, 3, 1, 2), whole.labels[:samples]),
-            [t[:50] for t in whole.test],
-            (0.3,),
-            (0.37,),
-            10,
-        )
+            (whole.crops[:samples, 4, 4].permute(0, 3, 1, 2), whole.labels[:samples]), [t[:50] for t in whole.test],
+            (0.3,), (0.37,), 10)
         self.device, self.shape, self.train_size, self.test_size = self.inner.device, self.inner.shape, samples, 50
         self.draw, self.test_batches, self.seen = self.inner.draw, self.inner.test_batches, []
 
     def train_batches(self, epoch, slices):
         for a, b in slices:
             i = epoch.order[a:b]
-            self.seen += [
-                [epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])]
-                for p, n in zip(range(a, b), i.tolist())
-            ]
+            self.seen += [[epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])] for p, n in zip(
+                range(a, b), i.tolist())]
             yield next(self.inner.train_batches(epoch, [(a, b)]))
-
 
 def cut(folder, updates):
     "Train with batches that divide evenly by 1, 2 and 3 and that do not; leaves weights and samples in `folder`."
@@ -96,21 +76,16 @@ def cut(folder, updates):
         for batch in (126, 128):
             for micro in (None, 7, 64):
                 t = trainer(
-                    fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro
-                )
+                    fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro)
                 t.fit()
                 name = f"{folder}/{t.world.size}-{batch}-{micro}-{updates}"
-                if t.world.rank == 0:
-                    torch.save(weights(t.model), f"{name}.pt")
-                with open(f"{name}-{t.world.rank}.json", "w") as f:
-                    json.dump(t.data.seen, f)
-
+                if t.world.rank == 0: torch.save(weights(t.model), f"{name}.pt")
+                with open(f"{name}-{t.world.rank}.json", "w") as f: json.dump(t.data.seen, f)
 
 def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
     worst = {}
     for updates in (1, 10):
-        for size in (1, 2, 3):
-            together(size, cut, str(tmp_path), updates)
+        for size in (1, 2, 3): together(size, cut, str(tmp_path), updates)
         for batch in (126, 128):
             reference = torch.load(tmp_path / f"1-{batch}-None-{updates}.pt")
             samples = json.loads((tmp_path / f"1-{batch}-None-{updates}-0.json").read_text())
@@ -122,11 +97,9 @@ def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
                     worst[updates] = max(worst.get(updates, 0), error)
                     assert error < 1e-6
                     together_seen = [
-                        s for rank in range(size) for s in json.loads((tmp_path / f"{name}-{rank}.json").read_text())
-                    ]
+                        s for rank in range(size) for s in json.loads((tmp_path / f"{name}-{rank}.json").read_text())]
                     assert sorted(together_seen) == samples  # the same samples, crops and flips at the same positions
     print(f"largest relative difference: {worst[1]:.1e} after one update, {worst[10]:.1e} after ten")
-
 
 def lonely(folder):
     "A batch of two on three processes: one of them has nothing to do."
@@ -136,13 +109,10 @@ def lonely(folder):
         if t.world.rank == 0:
             torch.save([weights(t.model), clockless(history)[0]["train_loss"]], f"{folder}/{t.world.size}.pt")
 
-
 def test_more_processes_than_samples(tmp_path):
-    for size in (1, 3):
-        together(size, lonely, str(tmp_path))
+    for size in (1, 3): together(size, lonely, str(tmp_path))
     (one, one_loss), (three, three_loss) = (torch.load(tmp_path / f"{size}.pt") for size in (1, 3))
     assert torch.allclose(one, three, rtol=1e-9) and one_loss == pytest.approx(three_loss, rel=1e-9)
-
 
 def test_an_update_is_that_of_plain_pytorch():
     data = load_data("digits")
@@ -154,10 +124,8 @@ def test_an_update_is_that_of_plain_pytorch():
     optimizer.step()
     history = ours.fit()
     assert torch.allclose(weights(ours.model), weights(plain), rtol=1e-5, atol=1e-7)
-    with torch.no_grad():
-        test = plain(next(data.test_batches([(0, 360)]))[0]).argmax(1) != data.test[1]
+    with torch.no_grad(): test = plain(next(data.test_batches([(0, 360)]))[0]).argmax(1) != data.test[1]
     assert history[0]["test_error"] == pytest.approx(100 * test.double().mean().item(), abs=0.3)
-
 
 def normalised(folder, stop):
     "ResNet-20, with batch normalisation, on three processes; stopped after `stop` updates if that is not 0."
@@ -165,21 +133,15 @@ def normalised(folder, stop):
     with process_group("cpu"):
         torch.manual_seed(0)
         t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), get_model("resnet20"), Watched(96))
-
         def interrupt(epoch, update, updates):
-            if stop and 6 * epoch + update == stop and t.world.rank == 1:
-                signal.raise_signal(signal.SIGTERM)
-
+            if stop and 6 * epoch + update == stop and t.world.rank == 1: signal.raise_signal(signal.SIGTERM)
         with contextlib.suppress(Interrupted):
             history = t.fit(f"{folder}/run.pt", on_update=interrupt)
-            if t.world.rank == 0:
-                torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
-
+            if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
 
 @pytest.mark.parametrize("stop", [4, 6])
 def test_three_processes_with_batch_normalisation_resume_to_the_bit(tmp_path, stop):
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
+    for name in ("whole", "cut"): (tmp_path / name).mkdir()
     together(3, normalised, str(tmp_path / "whole"), 0)
     together(3, normalised, str(tmp_path / "cut"), stop)
     assert not (tmp_path / "cut/done.pt").exists()  # one process was told to stop, and all did
@@ -187,22 +149,16 @@ def test_three_processes_with_batch_normalisation_resume_to_the_bit(tmp_path, st
     (a, history), (b, resumed) = (torch.load(tmp_path / name / "done.pt") for name in ("whole", "cut"))
     assert torch.equal(a, b) and history == resumed
 
-
 # --- interruption
-
 
 def stopped(path, at, **settings):
     "Train until `at` = (epoch, updates done), and be stopped there."
-
     def interrupt(epoch, update, updates):
-        if (epoch, update) == at:
-            signal.raise_signal(signal.SIGINT)
-
+        if (epoch, update) == at: signal.raise_signal(signal.SIGINT)
     data = Watched(1437)
     with pytest.raises(Interrupted, match=f"stopped by SIGINT after {at[1]} updates of epoch {at[0] + 1}"):
         trainer(GROWING, data=data, **settings).fit(path, on_update=interrupt)
     return data.seen
-
 
 @pytest.mark.parametrize(
     "at", [(0, 1), (1, 40), (1, 89), (2, 1), (3, 44)]
@@ -216,7 +172,6 @@ def test_resumed_to_the_bit(tmp_path, at):
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert before + resumed.data.seen == whole.data.seen
 
-
 def test_resumed_with_another_micro_batch_takes_the_same_samples(tmp_path):
     whole = trainer(GROWING, data=Watched(1437))
     history = whole.fit()
@@ -227,26 +182,19 @@ def test_resumed_with_another_micro_batch_takes_the_same_samples(tmp_path):
     assert [r["micro_batch"] for r in again] == [16, 16, 0, 7]  # 0: cut in two ways
     assert again[-1]["train_loss"] == pytest.approx(history[-1]["train_loss"], rel=1e-4)
 
-
 def elsewhere(folder, stop):
     "The same training as `stopped`, by however many processes there are."
     engine.ASK_SECONDS = 0
     with process_group("cpu"):
         t = trainer(GROWING, small(torch.float64))
-
         def interrupt(epoch, update, updates):
-            if stop and (epoch, update) == (1, 40):
-                signal.raise_signal(signal.SIGTERM)
-
+            if stop and (epoch, update) == (1, 40): signal.raise_signal(signal.SIGTERM)
         with contextlib.suppress(Interrupted):
             history = t.fit(f"{folder}/run.pt", on_update=interrupt)
-            if t.world.rank == 0:
-                torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
-
+            if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
 
 def test_begun_by_three_processes_and_carried_on_by_one(tmp_path):
-    for name in ("whole", "moved"):
-        (tmp_path / name).mkdir()
+    for name in ("whole", "moved"): (tmp_path / name).mkdir()
     together(1, elsewhere, str(tmp_path / "whole"), False)
     together(3, elsewhere, str(tmp_path / "moved"), True)
     together(1, elsewhere, str(tmp_path / "moved"), False)
@@ -255,61 +203,49 @@ def test_begun_by_three_processes_and_carried_on_by_one(tmp_path):
     assert [(r["processes"], r["micro_batch"]) for r in moved] == [(3, 6), (1, 0), (1, 32), (1, 32)]
     assert [r["train_loss"] for r in moved] == pytest.approx([r["train_loss"] for r in history], rel=1e-9)
 
-
 def test_cut_in_two_ways_stays_so_after_another_interruption(tmp_path):
     stopped(tmp_path / "run.pt", (2, 10))
     stopped(tmp_path / "run.pt", (2, 20), micro_batch=7)
     history = trainer(GROWING, micro_batch=7).fit(tmp_path / "run.pt")
     assert [r["micro_batch"] for r in history] == [16, 16, 0, 7]
 
-
 def test_what_is_done_between_updates_is_in_no_phase():
     t = trainer(fixed(64, lr=0.02, epochs=1), data=Watched(640))
     (row,) = t.fit(on_update=lambda *_: time.sleep(0.02))
     assert row["train_seconds"] - sum(row[f"{phase}_seconds"] for phase in engine.PHASES) >= 10 * 0.02
-
 
 def test_a_device_without_a_number_is_the_first(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [check_device(d).index for d in ("cuda", "cuda:1", "cpu")] == [0, 1, None]
 
-
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
     writes = []
     monkeypatch.setattr(
-        engine,
-        "save_checkpoint",
-        lambda path, state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state),
-    )
+        engine, "save_checkpoint", lambda path,
+        state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state))
     torch.manual_seed(0)
     model = get_model("resnet20")
     t = trainer(fixed(32, lr=0.1, epochs=1), model, Watched(96))
     t.fit(tmp_path / "run.pt", checkpoint_minutes=0)
     assert writes == [(0, 1), (0, 2), (0, 3), (1, 0)]
     size = sum(v.numel() * v.element_size() for v in model.state_dict().values()) + sum(
-        p.numel() * 4 for p in model.parameters()
-    )
+        p.numel() * 4 for p in model.parameters())
     print(f"checkpoint {(tmp_path / 'run.pt').stat().st_size:,} bytes, model and momentum {size:,}")
     assert (tmp_path / "run.pt").stat().st_size <= 1.1 * size
     assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1
 
-
-@pytest.mark.parametrize(
-    "harm",
-    [lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:]],
-)
+@pytest.mark.parametrize("harm", [
+    lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:]])
 def test_a_damaged_checkpoint(tmp_path, harm, capsys):
     path, previous = tmp_path / "run.pt", tmp_path / "run.pt.previous"
-    for step in (1, 2):
-        save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
+    for step in (1, 2): save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
     path.write_bytes(harm(path.read_bytes()))
     assert load_checkpoint(path)["step"] == 1
     assert "run.pt is damaged and skipped" in capsys.readouterr().err
     previous.unlink()
     with pytest.raises(ValueError, match="run.pt: damaged: remove to start this run again"):
         load_checkpoint(path)
-
 
 def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
     path = tmp_path / "run.pt"
@@ -320,29 +256,22 @@ def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
         found = files._read(path)
         assert found is None or (found["step"] == 1 and torch.equal(found["weights"], state["weights"]))
 
-
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path):
     trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})
     trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})  # JSON makes a list of it
     with pytest.raises(ValueError, match=r"run.pt was written with other settings \(lr\)"):
         trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.03})
 
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     save_checkpoint(path, {"step": 1})
-
-    def full(fd):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="run.pt could not be written .*No space left on device.*last good checkpoint"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
-
 # --- memory, loss, batches
-
 
 class Cramped(torch.nn.Module):
     def __init__(self, most):
@@ -350,22 +279,16 @@ class Cramped(torch.nn.Module):
         self.net, self.most = small(torch.float64), most
 
     def forward(self, x):
-        if self.training and len(x) > self.most:
-            raise torch.OutOfMemoryError("injected")
+        if self.training and len(x) > self.most: raise torch.OutOfMemoryError("injected")
         return self.net(x)
-
 
 def cramped_sample(t, most):
     "Make the trial batch itself raise above `most` samples."
     made = t.micro_batch.sample
-
     def sample(count):
-        if count > most:
-            raise torch.OutOfMemoryError("injected")
+        if count > most: raise torch.OutOfMemoryError("injected")
         return made(count)
-
     t.micro_batch.sample = sample
-
 
 def cramped(folder, where):
     "Only process 1 runs out of memory, and above 10 samples: in the network, or before, for the input."
@@ -373,29 +296,23 @@ def cramped(folder, where):
     with process_group("cpu"):
         t = trainer(GROWING, Cramped(most if where == "network" else 10**6))
         t.micro_batch.tries_memory = True
-        if where == "input":
-            cramped_sample(t, most)
+        if where == "input": cramped_sample(t, most)
         history = t.fit()
         if t.world.rank == 0:
             torch.save([weights(t.model), [r["micro_batch"] for r in history]], f"{folder}/{t.world.size}.pt")
 
-
 @pytest.mark.parametrize("where", ["network", "input"])
 def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path, where):
-    for size in (1, 2):
-        together(size, cramped, str(tmp_path), where)
+    for size in (1, 2): together(size, cramped, str(tmp_path), where)
     (whole, as_asked), (halved, used) = (torch.load(tmp_path / f"{size}.pt") for size in (1, 2))
     assert as_asked == [16, 16, 32, 32]
     assert used == [8, 8, 8, 8]  # 16 over two is 8; the stage of 32 does not fit with 16
     assert torch.allclose(whole, halved, rtol=1e-9, atol=1e-12)
 
-
 def test_not_even_one_sample_fits():
     t = trainer(GROWING, Cramped(0))
     t.micro_batch.tries_memory = True
-    with pytest.raises(MemoryError, match="not even one sample"):
-        t.fit()
-
+    with pytest.raises(MemoryError, match="not even one sample"): t.fit()
 
 def test_trying_a_batch_leaves_no_trace():
     torch.manual_seed(0)
@@ -405,49 +322,35 @@ def test_trying_a_batch_leaves_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
     assert all(p.grad is None for p in t.model.parameters())
 
-
 def test_accumulating_keeps_no_more_however_large_the_batch():
     kept = {}
     for batch in (2048, 524_288):
         images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8).expand(batch, -1, -1, -1)
         data = Images(
-            (images, torch.zeros(batch, dtype=torch.int64)),
-            (images[:4], torch.zeros(4, dtype=torch.int64)),
-            (0,),
-            (1,),
-            2,
-            pad=0,
-        )
+            (images, torch.zeros(batch, dtype=torch.int64)), (images[:4], torch.zeros(4, dtype=torch.int64)), (0,),
+            (1,), 2, pad=0)
         now, most = 0, 0
-
         def keep(t):
             nonlocal now, most
             now += t.numel() * t.element_size()
             most = max(most, now)
             return t.detach()
-
         def give(t):
             nonlocal now
             now -= t.numel() * t.element_size()
             return t
-
         with torch.autograd.graph.saved_tensors_hooks(keep, give):
             trainer(
-                fixed(batch, lr=0.1, epochs=1),
-                torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)),
-                data,
-                micro_batch=2048,
-            ).fit()
+                fixed(batch, lr=0.1, epochs=1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), data,
+                micro_batch=2048).fit()
         kept[batch] = most
     print(f"most bytes kept for backward: {kept}")
     assert kept[2048] == kept[524_288] > 0
-
 
 def test_a_loss_that_is_not_finite_ends_the_training():
     t = trainer(fixed(16, lr=1e6, epochs=5))
     history = t.fit()
     assert t.diverged and len(history) == 1 and not math.isfinite(history[0]["train_loss"])
-
 
 def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     monkeypatch.setattr("torch.utils.data.DataLoader.__init__", lambda *a, **k: pytest.fail("a DataLoader was built"))
@@ -455,14 +358,11 @@ def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     images = t.data.inner.crops.data_ptr()
     history = t.fit()
     assert t.data.inner.crops.data_ptr() == images
-    for epoch in range(4):
-        assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(1437))
+    for epoch in range(4): assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(1437))
     assert [r["batch_size"] for r in history] == [16, 16, 32, 32]
     dropped = trainer(GROWING).fit()
     assert [r["left_out"] for r in dropped] == [1437 % 16, 1437 % 16, 1437 % 32, 1437 % 32] and {
-        r["left_out"] for r in history
-    } == {0}
-
+        r["left_out"] for r in history} == {0}
 
 def test_warmup_moves_the_learning_rate_update_by_update():
     t = trainer(fixed(16, lr=0.01, epochs=2, warmup_epochs=2, base_batch_size=4))
@@ -470,56 +370,45 @@ def test_warmup_moves_the_learning_rate_update_by_update():
     t.fit(on_update=lambda *_: lrs.append(t.optimizer.param_groups[0]["lr"]))
     assert lrs[0] == 0.01 and lrs[89] == pytest.approx(0.025) and lrs[-1] == pytest.approx(0.04 - 0.03 / 178)
 
-
 def test_phases_fill_the_epoch():
     for row in trainer(GROWING).fit():
         phases = sum(row[f"{p}_seconds"] for p in engine.PHASES)
         assert 0 < phases <= row["train_seconds"] and all(row[f"{p}_seconds"] > 0 for p in engine.PHASES)
         assert row["forward_seconds_slowest"] == row["forward_seconds"]  # one process
 
-
 def test_precisions_run():
     bf16, fp32 = (trainer(GROWING, precision=p).fit()[-1]["train_loss"] for p in ("bf16", "fp32"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.1)
 
-
 def test_devices_that_are_not_there():
     with pytest.raises(ValueError, match="device cuda:77 is unavailable: this machine has"):
         check_device("cuda:77")
-    with pytest.raises(ValueError, match="unknown device 'gpu'"):
-        check_device("gpu")
+    with pytest.raises(ValueError, match="unknown device 'gpu'"): check_device("gpu")
     with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"):
         trainer(fixed(2048, lr=0.1))
-
 
 def synchronised(folder):
     "Counts the exchanges of gradients in two updates of four pieces a process."
     with process_group("cpu"):
         t = trainer(fixed(128, lr=0.02, epochs=1), data=Watched(256), micro_batch=16)
         exchanges = []
-
         def count(state, bucket):
             exchanges.append(bucket.index())
             return allreduce_hook(None, bucket)
-
         t.step.net.register_comm_hook(None, count)
         t.fit()
         assert exchanges.count(0) == 2, exchanges
 
-
 def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
     together(2, synchronised, str(tmp_path))
 
-
 # --- compiled
-
 
 def losses_of(t):
     "The loss of each update of a training."
     totals = []
     t.fit(on_update=lambda epoch, update, updates: totals.append((update, t.state.sums.loss.item())))
     return [total - totals[i - 1][1] if update > 1 else total for i, (update, total) in enumerate(totals)]
-
 
 def compiled(folder):
     "Losses of 22 updates across a milestone, plain and compiled."
@@ -528,9 +417,7 @@ def compiled(folder):
         for compile in (False, True):
             t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), data=Watched(240), compile=compile)
             losses[compile] = losses_of(t), weights(t.model)
-        if t.world.rank == 0:
-            torch.save(losses, f"{folder}/{t.world.size}.pt")
-
+        if t.world.rank == 0: torch.save(losses, f"{folder}/{t.world.size}.pt")
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_compiled_and_plain_agree_across_a_milestone(tmp_path, processes):
@@ -540,7 +427,6 @@ def test_compiled_and_plain_agree_across_a_milestone(tmp_path, processes):
     assert len(plain) == len(graphs) == 22
     assert graphs == pytest.approx(plain, rel=1e-4)
     assert (a - b).norm() < 1e-4 * a.norm()
-
 
 def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
     path = tmp_path / "run.pt"
@@ -554,13 +440,10 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
         (lambda: swapped, "another model or optimizer"),
     ]
     for make, line in others:
-        with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused:
-            make().fit(path)
+        with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused: make().fit(path)
         assert "\n" not in str(refused.value)
-
 
 def test_what_the_system_does_not_let_be_read_is_not_called_damaged(tmp_path):
     for read in (load_checkpoint, record.load, load_weights):
-        with pytest.raises(OSError, match="cannot be read .Is a directory.") as refused:
-            read(tmp_path)
+        with pytest.raises(OSError, match="cannot be read .Is a directory.") as refused: read(tmp_path)
         assert "delete" not in str(refused.value)

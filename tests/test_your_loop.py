@@ -1,13 +1,18 @@
 """The recipes of nbs/your_loop.ipynb, each cell on its own, and in two processes with uneven and empty shards."""
 
+import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from conftest import together
+from test_loader import AT_5, Indices, groups
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from adabatch import Plan, Schedule, Stage, adabatch
 
@@ -17,7 +22,6 @@ FIRST, LAST = (next(i for i, c in enumerate(CELLS) if c.startswith(h)) for h in 
 RECIPES = {m[1]: cell for cell in CELLS[:FIRST] if (m := re.search(r"^def train_(\w+)\(", cell, re.M))}
 PACKAGES = dict(accelerate="accelerate", transformers="transformers", lightning="lightning", fabric="lightning")
 
-
 def execute(recipe):
     "The page without its other recipes."
     names = {}
@@ -26,7 +30,6 @@ def execute(recipe):
     exec("\n".join([saving, *code, RECIPES[recipe]]), names)
     return names
 
-
 def run(recipe, package, folder):
     names = execute(recipe)
     names["folder"] = folder  # the same in all processes
@@ -34,13 +37,10 @@ def run(recipe, package, folder):
     names["schedule"] = Schedule(stages, epochs=3)
     names["check"](package, names[f"train_{recipe}"])
 
-
 @pytest.mark.parametrize("recipe", ["processes", "micro_batches", *PACKAGES])
 def test_in_two_processes(recipe, tmp_path):
     package = PACKAGES.get(recipe, "torch")
-    pytest.importorskip(package, reason=f"{package} is not installed")
     together(2, run, recipe, package, tmp_path)
-
 
 def test_every_cell_can_be_copied_alone():
     assert len(RECIPES) >= 12
@@ -48,7 +48,6 @@ def test_every_cell_can_be_copied_alone():
         command = [sys.executable, "-m", "ruff", "check", "--quiet", "--isolated", "--select", "F821,F401", "-"]
         found = subprocess.run(command, input=cell, capture_output=True, text=True)
         assert found.returncode == 0, f"{name}: {found.stdout}"
-
 
 def test_a_sampler_of_ones_own_is_dealt_to_the_processes():
     "The shards of two processes are the batches of one."
@@ -58,10 +57,32 @@ def test_a_sampler_of_ones_own_is_dealt_to_the_processes():
     assert [a + b for a, b in zip(*two, strict=True)] == batches
     assert any(len(set(batch)) < len(batch) for batch in batches)  # drawn with replacement
 
-
 def test_a_loader_prepared_by_accelerate_loses_no_sample():
     "It deals out whole batches in turn; were `plan.batch_size` a number, it would drop those of another size."
-    accelerate = pytest.importorskip("accelerate.data_loader", reason="accelerate is not installed")
     plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), 100)
-    first, second = (accelerate.BatchSamplerShard(plan, 2, process) for process in range(2))
+    first, second = (BatchSamplerShard(plan, 2, process) for process in range(2))
     assert [batch for pair in zip(first, second, strict=True) for batch in pair] == list(plan)
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize("by_epoch", [False, True])
+def test_stateful_data_loader(workers, by_epoch):
+    whole = list(Plan(AT_5, 100))
+    for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
+        plan = Plan(AT_5, 100)
+        first = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
+        plan.lr_scheduler(groups(0.1))
+        got = []
+        for _ in plan.by_epoch() if by_epoch else [0]:
+            if len(got) == received: break
+            for indices, _ in first:
+                got.append(indices.tolist())
+                if len(got) == received: break
+            if len(got) == received: break
+        state = first.state_dict()
+        assert got == whole[:received] and len(pickle.dumps(state)) < 2000
+        plan = Plan(AT_5, 100)
+        plan.start = received
+        second = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
+        second.load_state_dict(copy.deepcopy(state))
+        for _ in plan.by_epoch() if by_epoch else [0]: got += [indices.tolist() for indices, _ in second]
+        assert got == whole

@@ -16,17 +16,13 @@ from adabatch import record
 
 ENDINGS = {"fsync": [".pt.partial"], "replace": [".pt", ".pt.previous"]}
 
-
 def moment(rng, length):
     "A named moment, as `make` takes it, or seconds."
     kind = rng.randrange(8)
-    if kind == 0:
-        return rng.choice([("fsync", ".npz.partial", 1), ("replace", ".npz", 1)])
-    if kind > 3:
-        return rng.uniform(0.05, 0.8) * length
+    if kind == 0: return rng.choice([("fsync", ".npz.partial", 1), ("replace", ".npz", 1)])
+    if kind > 3: return rng.uniform(0.05, 0.8) * length
     name = rng.choice(list(ENDINGS))
     return name, rng.choice(ENDINGS[name]), rng.randint(2, 6)
-
 
 def kill(folder, when):
     "Begin the run and kill it at that moment. Was it still alive?"
@@ -39,7 +35,6 @@ def kill(folder, when):
     child.join()
     (folder / "paused").unlink(missing_ok=True)
     return alive
-
 
 def main(kills=200):
     root, rng, done, alive, differ = Path(tempfile.mkdtemp()), random.Random(time.time_ns()), 0, 0, 0
@@ -56,16 +51,12 @@ def main(kills=200):
         alive += sum(kill(folder, when) for when in moments)
         done += len(moments)
         differs = record.differences(whole, finished(folder))
-        if differs:
-            print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
+        if differs: print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
         differ += bool(differs)
         shutil.rmtree(folder)
         print(
-            f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True
-        )
+            f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True)
     shutil.rmtree(root)
     return 1 if differ else 0
 
-
-if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+if __name__ == "__main__": sys.exit(main(*map(int, sys.argv[1:])))
