@@ -1,10 +1,6 @@
 """Starting real processes, forked from a server that has imported what takes long, so that each starts at once."""
 
-import multiprocessing
-import os
-import signal
-import socket
-import sys
+import multiprocessing, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -21,19 +17,26 @@ processes.set_forkserver_preload(["adabatch.sweep", "sklearn.datasets", "torch._
 def small(dtype=torch.float32):
     "A network without batch normalisation that trains on digits in a moment; always the same initial weights."
     torch.manual_seed(0)
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(392, 10)).to(dtype)
+    conv, linear = torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.Linear(392, 10)
+    return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear).to(dtype)
 
 def _enter(function, rank, size, port, args):
     if size > 1:
-        os.environ |= dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     function(*args)
 
 def start(function, *args, rank=0, size=1, port=0):
     child = processes.Process(target=_enter, args=(function, rank, size, port, args))
     child.start()
     return child
+
+def wait_for(found, alive=lambda: True, seconds=120):
+    "Until `found()` is true. Fails if that takes too long, or what is to bring it about is no longer `alive()`."
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline and alive(), "did not come"
+        time.sleep(0.02)
 
 def together(size, function, *args, seconds=120):
     "Run `function(*args)` in `size` processes that find one another as torchrun's do. Fails if one of them does."
@@ -58,6 +61,20 @@ def cifar10():
     return "data"
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+def flags(**settings): return [f"--{name}={value}" for name, value in settings.items()]
+
+def at_update(moment, act, progress=train.Silent):
+    "A progress that calls `act()` at `moment` = (epoch, updates done)."
+    class Acting(progress):
+        def on_update(self, epoch, update, updates):
+            if (epoch, update) == moment: act()
+    return Acting
+
+def program(*words, **settings):
+    "Start it in a session of its own, with both outputs in one pipe."
+    outputs = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([sys.executable, *map(str, words)], **outputs | settings)
 
 def papermill(folder, notebook="run"):
     "The command that executes a notebook with its outputs in the folder; parameters may follow."

@@ -5,17 +5,7 @@ each precision; the clock; memory; interruption; throughput, and from it the run
 processes on one GPU; last, the compiler. A step that fails is named, and the next one begins. With --rehearse the same
 steps run on whatever device there is, with small batches.
 """
-import argparse
-import contextlib
-import functools
-import math
-import os
-import platform
-import signal
-import subprocess
-import sys
-import tempfile
-import time
+import argparse, contextlib, functools, math, os, platform, signal, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 

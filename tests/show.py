@@ -2,10 +2,7 @@
 
     python tests/show.py [NOTEBOOK ...]
 """
-import os
-import re
-import sys
-import tempfile
+import os, re, sys, tempfile
 from pathlib import Path
 
 import nbformat

@@ -1,16 +1,11 @@
 """More than one machine: a run over two nodes, and a sweep whose runs are jobs of a cluster."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import os, signal, socket, sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import together
+from conftest import flags, program, together, wait_for
 from test_crash import children
 
 from adabatch import record, sweep, train
@@ -27,13 +22,6 @@ def free_port():
 
 def left_alone(folder): train.run(Experiment(**SETTINGS, output_dir=folder))
 
-def wait_for(found, seconds=120):
-    "Until `found()` is true."
-    deadline = time.monotonic() + seconds
-    while not found():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
 def descendants(pid):
     "The process ids of children and their children."
     return [p for child in children(pid) for p in (child, *descendants(child))]
@@ -43,20 +31,16 @@ def descendants(pid):
 def node(rank, port, folder):
     "One of two torchruns on loopback, with two processes each, as an own session."
     options = {**SETTINGS, "output_dir": folder, "checkpoint_minutes": 0.01}
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(rank),
-            "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port), "-m", "adabatch.train",
-            *(part for name, value in options.items() for part in (f"--{name}", str(value)))],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
+    nodes = f"--nnodes 2 --node_rank {rank} --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}".split()
+    words = ["-m", "torch.distributed.run", *nodes, "-m", "adabatch.train", *flags(**options)]
+    return program(*words, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
 
 def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
     name = "digits/alexnet/adabatch-64-128-epochs2-every1-x4-seed0"
     together(4, left_alone, str(tmp_path / "whole"))
     first, second = (node(rank, port, tmp_path / "cut") for port in [free_port()] for rank in (0, 1))
     try:
-        wait_for(lambda: (tmp_path / "cut" / f"{name}.pt").exists())
+        wait_for((tmp_path / "cut" / f"{name}.pt").exists)
         os.killpg(second.pid, signal.SIGKILL)
         for pid in descendants(second.pid): os.kill(pid, signal.SIGKILL)
         output = first.communicate(timeout=120)[0]
@@ -69,22 +53,20 @@ def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
         for process in (first, second):
             if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
     whole, cut = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "cut"))
-    assert (
-        record.differences(whole, cut) == [] and cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4])
+    assert record.differences(whole, cut) == []
+    assert cut.environment["restarts"] == 1 and cut.processes.tolist() == [4, 4]
 
 # --- a sweep whose runs are jobs
 
 def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(tmp_path):
-    runs = [
-        resolve(Experiment(**SETTINGS, seed=seed, checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs")))
-        for seed in (0, 1)]
+    settings = SETTINGS | dict(checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs"))
+    runs = [resolve(Experiment(**settings, seed=seed)) for seed in (0, 1)]
     cluster = Cluster(runs, kind="local", gpus=0)
     first, second = cluster.run()
-    wait_for(lambda: checkpoint_path(runs[0]).exists())
+    wait_for(checkpoint_path(runs[0]).exists)
     assert status(runs[0]) == "running"
-    for pid in descendants(int(first.job_id)):
-        os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
-    for job in (first, second): wait_for(job.done, 240)
+    for pid in descendants(int(first.job_id)): os.kill(pid, signal.SIGUSR2)  # as Slurm does: every process of the job
+    for job in (first, second): wait_for(job.done, seconds=240)
     assert "Requeued job" in first.stdout() and "this job is preempted" in first.stderr()
     assert "stopped by SIGTERM" in first.stdout()  # with a checkpoint of that moment: SIGUSR2 did not kill the training
     assert "complete" in first.result() and "complete" in second.result()
@@ -102,8 +84,8 @@ def test_the_command_submits_once_and_shows_the_queue(tmp_path, monkeypatch, cap
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(
-        sweep, "select", lambda *a, **k: [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))])
+    runs = [resolve(Experiment(device="cpu", output_dir=str(tmp_path / "out")))]
+    monkeypatch.setattr(sweep, "select", lambda *a, **k: runs)
     options = ["--executor", "slurm", "--partition", "night", "--gpus", "1", "--hours", "2"]
     assert sweep.main([*options, "--dry_run"]) == 0 and "to do\n" in capsys.readouterr().out
     assert sweep.main(options) == 0 and "1 of 1 runs were submitted" in capsys.readouterr().out
@@ -136,8 +118,7 @@ def test_the_login_node_need_not_be_able_to_run_what_it_submits(tmp_path, monkey
     e = Experiment(precision="bf16", device="cuda:99", workers=8 * os.cpu_count() + 1, output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="cuda:99 is unavailable"): resolve(e)
     assert resolve(e, here=False).experiment.device == "cuda:99"
-    with pytest.raises(ValueError, match="workers must be at most"):
-        resolve(replace(e, device="cpu", precision=None))
+    with pytest.raises(ValueError, match="workers must be at most"): resolve(replace(e, device="cpu", precision=None))
     submitted = []
     monkeypatch.setattr(sweep, "_on_cluster", lambda runs, options: submitted.extend(runs))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

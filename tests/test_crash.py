@@ -1,25 +1,18 @@
 """Runs killed at any moment end in the record of a run that was left alone."""
 
-import contextlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import contextlib, os, random, signal, time
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import small, start, together
+from conftest import program, small, start, together, wait_for
 
 from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
 from adabatch.files import lock
 from adabatch.train import existing
 
-RUN = Experiment(
-    epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", checkpoint_minutes=0, save_weights=False
-)  # a checkpoint after every update
+SETTINGS = dict(epochs=3, every=1, batch_size=128, max_batch_size=512, device="cpu", save_weights=False)
+RUN = Experiment(checkpoint_minutes=0, **SETTINGS)  # a checkpoint after every update
 
 def make(folder, pause=None):
     """Make the record of `RUN` with a small network. `pause` = (name of a function of os, how its path ends, count):
@@ -44,6 +37,18 @@ def finished(folder, pause=None):
     assert child.exitcode == 0
     return existing(resolve(replace(RUN, output_dir=str(folder))))
 
+def killed(folder, moment):
+    "Begin the run and kill it at that moment: seconds, or as `make` takes it. Was it still alive?"
+    named = isinstance(moment, tuple)
+    child = start(make, folder, moment if named else None)
+    if named: wait_for(lambda: (folder / "paused").exists() or not child.is_alive())
+    else: time.sleep(moment)
+    alive = child.is_alive()
+    child.kill()
+    child.join()
+    (folder / "paused").unlink(missing_ok=True)
+    return alive
+
 def test_killed_at_twenty_moments(tmp_path):
     finished(tmp_path / "first")  # starts the server that the others are forked from
     begin = time.monotonic()
@@ -51,41 +56,26 @@ def test_killed_at_twenty_moments(tmp_path):
     length = time.monotonic() - begin
     rng = random.Random(0)
     moments = [("fsync", ".pt.partial", rng.randint(1, 15)) for _ in range(3)]  # while a checkpoint is written
-    moments += [
-        ("replace", ".pt.previous", rng.randint(1, 15)),
-        ("replace", ".pt", rng.randint(2, 15)),
-        ("replace", ".pt", rng.randint(2, 15)),
-    ]  # around its renaming
+    moments += [("replace", end, rng.randint(2, 15)) for end in (".pt.previous", ".pt", ".pt")]  # around its renaming
     moments += [("fsync", ".npz.partial", 1), ("replace", ".npz", 1)]  # while the record is written
     moments += [rng.uniform(0.1, 0.9) * length for _ in range(12)]
     late = 0
     for k, moment in enumerate(moments):
         folder = tmp_path / str(k)
         folder.mkdir()
-        child = start(make, folder, moment if isinstance(moment, tuple) else None)
-        if isinstance(moment, tuple):
-            deadline = time.monotonic() + 60
-            while not (folder / "paused").exists():
-                assert time.monotonic() < deadline and child.is_alive()
-                time.sleep(0.005)
-        else: time.sleep(moment)
-        late += not child.is_alive()
-        child.kill()
-        child.join()
+        alive = killed(folder, moment)
+        assert alive or not isinstance(moment, tuple), moment
+        late += not alive
         assert record.differences(whole, finished(folder)) == [], moment
-        assert sorted(
-            p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name
-            and not p.name.endswith(".partial")) == [resolve(RUN).path.name], moment
+        left = {p.name for p in (folder / "digits/alexnet").iterdir() if ".npz.lock" not in p.name}
+        assert {name for name in left if not name.endswith(".partial")} == {resolve(RUN).path.name}, moment
     assert late <= 6, f"{late} of 12 timed kills came after the end of the run: they show nothing"
 
 TWO_EPOCHS = "--epochs 2 --every 1 --batch_size 64 --max_batch_size 128 --device cpu --checkpoint_minutes 0".split()
 
-def torchrun(folder, *options, **kwargs):
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options, "-m",
-            "adabatch.train", *TWO_EPOCHS, "--output_dir", str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+def torchrun(folder, *options):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", *options]
+    return program(*words, "-m", "adabatch.train", *TWO_EPOCHS, "--output_dir", folder)
 
 def two_epochs(folder):
     "The same run, left alone."
@@ -101,34 +91,27 @@ def worker(torchrun, rank):
     mark = f"\0RANK={rank}\0".encode()
     return next(child for child in children(torchrun) if mark in b"\0" + Path(f"/proc/{child}/environ").read_bytes())
 
-def wait_for(path, launcher, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline and launcher.poll() is None, f"{path} did not come"
-        time.sleep(0.02)
+def wait_for_file(path, launcher): wait_for(path.exists, lambda: launcher.poll() is None)
 
-def wait_until_free(path, seconds=30):
+def wait_until_free(path):
     "The last thread of a killed process frees its memory before it lets go of its lock."
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with contextlib.suppress(ValueError), lock(path): return
-        time.sleep(0.01)
-    raise AssertionError(f"{path} is still locked")
+    def free():
+        with contextlib.suppress(ValueError), lock(path): return True
+    wait_for(free)
 
 def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
     name = "digits/alexnet/adabatch-64-128-epochs2-every1-x3-seed0"
     together(3, two_epochs, str(tmp_path / "whole"))
     failing = torchrun(tmp_path / "killed")
-    wait_for(tmp_path / "killed" / f"{name}.pt", failing)
+    wait_for_file(tmp_path / "killed" / f"{name}.pt", failing)
     os.kill(worker(failing.pid, 1), signal.SIGKILL)
     output = failing.communicate(timeout=120)[0]
     assert failing.returncode == 1 and "Signal 9 (SIGKILL)" in output and "rank" in output
     restarted = torchrun(tmp_path / "restarted", "--max-restarts", "1")
-    wait_for(tmp_path / "restarted" / f"{name}.pt", restarted)
+    wait_for_file(tmp_path / "restarted" / f"{name}.pt", restarted)
     os.kill(worker(restarted.pid, 2), signal.SIGKILL)
     output = restarted.communicate(timeout=300)[0]
     assert restarted.returncode == 0, output
     whole, again = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "restarted"))
-    assert (
-        record.differences(whole, again) == [] and again.environment["restarts"] >= 1 and again.processes.tolist()
-        == [3, 3])
+    assert record.differences(whole, again) == []
+    assert again.environment["restarts"] >= 1 and again.processes.tolist() == [3, 3]

@@ -1,15 +1,11 @@
 """What the trainer promises of devices that this machine may not have: fakes where a CPU can tell."""
 
-import contextlib
-import os
-import signal
-import time
-import weakref
+import contextlib, os, signal, time, weakref
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import small, start, together
+from conftest import small, start, together, wait_for
 
 from adabatch import WrongValue, device as devices, experiment, train, trainer as engine
 from adabatch.data import load_data
@@ -33,10 +29,8 @@ def two_gpus(monkeypatch):
 
 # --- the process group (2)
 
-@pytest.mark.parametrize(
-    "error, destroyed", [(None, True), (Interrupted("stopped", signal.SIGTERM), True), (RuntimeError("broken"), False)]
-)
-def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed):
+@pytest.mark.parametrize("error", [None, Interrupted("stopped", signal.SIGTERM), RuntimeError("broken")])
+def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error):
     calls = []
     monkeypatch.setattr(devices, "_rendezvous", dict)
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.append("joined"))
@@ -44,24 +38,21 @@ def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error, destroyed)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with contextlib.suppress(RuntimeError, Interrupted), process_group("cpu"):
         if error: raise error
-    assert calls == ["joined", "left"] if destroyed else calls == ["joined"]
+    assert calls == (["joined"] if isinstance(error, RuntimeError) else ["joined", "left"])
 
 # --- which device, and who says so (3, 8)
 
 def test_one_gpu_for_several_processes_is_refused(monkeypatch, two_gpus):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="device cuda:1 is one GPU for 2 processes"), process_group("cuda:1"):
-        pass
+    with pytest.raises(ValueError, match="device cuda:1 is one GPU for 2 processes"), process_group("cuda:1"): pass
 
 def test_more_processes_than_gpus_are_refused_before_they_are_started(monkeypatch, two_gpus, tmp_path):
     monkeypatch.setattr(train.subprocess, "Popen", lambda *a, **k: pytest.fail("processes were started"))
     run = resolve(Experiment(device="cuda", processes=3, output_dir=str(tmp_path)))
     with pytest.raises(ValueError, match="processes is 3, but this machine has 2 GPUs"): train.launch(run)
 
-@pytest.mark.parametrize(
-    "rank, everywhere, said",
-    [("0", False, "error: no\n"), ("2", False, "error: rank 2: no\n"), ("2", True, ""), ("0", True, "error: no\n")],
-)
+@pytest.mark.parametrize("rank, everywhere, said", [
+    ("0", False, "error: no\n"), ("2", False, "error: rank 2: no\n"), ("2", True, ""), ("0", True, "error: no\n")])
 def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, everywhere, said):
     def refuse():
         error = WrongValue("no")
@@ -121,8 +112,7 @@ def trial_of_two():
         engine.prepare(t)
         assert forwards == [16, 16] and exchanged == [], (forwards, exchanged)
 
-def test_the_trial_of_several_processes_exchanges_nothing():
-    together(2, trial_of_two)
+def test_the_trial_of_several_processes_exchanges_nothing(): together(2, trial_of_two)
 
 @pytest.mark.parametrize("message", [
     "GET was unable to find an engine to execute this computation", "CUDNN_STATUS_ALLOC_FAILED",
@@ -225,9 +215,7 @@ def hang(ready):
 def test_a_second_signal_ends_a_hung_update(tmp_path):
     child = start(hang, tmp_path / "ready")
     try:
-        while not (tmp_path / "ready").exists():
-            assert child.is_alive()
-            time.sleep(0.02)
+        wait_for((tmp_path / "ready").exists, child.is_alive)
         os.kill(child.pid, signal.SIGTERM)
         child.join(1.5)
         assert child.is_alive()  # the first is left to the trainer

@@ -1,16 +1,7 @@
 """The site of `make docs`, built afresh: links, formulas and search work, nothing is loaded from another machine,
 no page scrolls sideways on a phone, where figures fit, and code fits on a laptop."""
 
-import functools
-import html.parser
-import http.server
-import json
-import os
-import queue
-import re
-import shutil
-import subprocess
-import threading
+import functools, html.parser, http.server, json, os, queue, re, shutil, subprocess, threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -19,10 +10,8 @@ import pytest
 TOP = Path(__file__).parents[1]
 TOOLS = TOP / "_docs/.venv/bin/python"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-    "--remote-debugging-port=0"]
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking".split()
+FLAGS += "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0".split()
 PHONE, LAPTOP = 390, 1280  # widths in CSS pixels
 SEARCHES = ["/search.html?q=milestone", "/search.html?q=multiple+GPUs"]
 
@@ -84,8 +73,7 @@ class Page(html.parser.HTMLParser):
         found = dict(attributes)
         self.ids |= {found[k] for k in ("id", "name") if found.get(k)}
         if tag == "a" and "href" in found: self.links.append(found["href"])
-        if tag == "link" and found.get("rel") not in ("canonical", "author"):
-            self.loaded.append(found["href"])
+        if tag == "link" and found.get("rel") not in ("canonical", "author"): self.loaded.append(found["href"])
         if tag != "a" and found.get("src"): self.loaded.append(found["src"])
 
 @pytest.fixture(scope="module")
@@ -99,8 +87,7 @@ def built(tmp_path_factory):
     return folder / "html", done.stderr
 
 @pytest.fixture(scope="module")
-def site(built):
-    return built[0]
+def site(built): return built[0]
 
 @pytest.fixture(scope="module")
 def pages(site):
@@ -108,8 +95,7 @@ def pages(site):
     assert {site / "index.html", site / "nbs/report.html", site / "outputs/records.html"} <= found.keys()
     return found
 
-def test_no_reference_is_unknown(built):
-    assert built[1] == ""
+def test_no_reference_is_unknown(built): assert built[1] == ""
 
 def test_links_lead_somewhere(pages):
     dead = []
@@ -119,8 +105,7 @@ def test_links_lead_somewhere(pages):
             address, anchor = urldefrag(link)
             target = (path.parent / unquote(address.split("?")[0])).resolve() if address else path
             if not target.is_file(): dead.append((path.name, link))
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
-                dead.append((path.name, link))
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: dead.append((path.name, link))
     assert not dead
 
 def test_nothing_is_loaded_from_another_machine(site, pages):
@@ -181,9 +166,8 @@ def seen(site, pages, tmp_path_factory):
     server.seen, server.origin = queue.Queue(), f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     profile = tmp_path_factory.mktemp("profile")
-    browser = subprocess.Popen(
-        [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"{server.origin}/visit"], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", f"{server.origin}/visit"]
+    browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try: result = server.seen.get(timeout=300)
     finally:
         browser.terminate()

@@ -3,18 +3,9 @@ import torch
 
 from adabatch.models import get_model, model_name
 
-@pytest.mark.parametrize("name, classes, count", [
-    ("alexnet", 10, 2_472_266),
-    ("alexnet", 100, 2_495_396),
-    ("vgg19bn", 10, 20_040_522),
-    ("vgg19bn", 100, 20_086_692),
-    ("resnet20", 10, 272_474),
-    ("resnet20", 100, 278_324),
-    ("alexnet_imagenet", 1000, 61_100_840),
-    ("resnet50", 1000, 25_557_032),
-])
-def test_parameter_counts(name, classes, count):
-    assert sum(p.numel() for p in get_model(name, classes).parameters()) == count
+def test_imagenets_networks_have_the_known_numbers_of_parameters():  # of the others, nbs/05_models.ipynb asks
+    for name, count in (("alexnet_imagenet", 61_100_840), ("resnet50", 25_557_032)):
+        assert sum(p.numel() for p in get_model(name, 1000).parameters()) == count
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet20", "vgg19_bn"])
 def test_forward_and_seeding(name):
@@ -35,5 +26,4 @@ def test_initialisation_is_he_normal():
 def test_spellings():
     assert model_name("VGG19_BN") == "vgg19bn" and model_name("resnet20") == "resnet20"
     with pytest.raises(ValueError, match="unknown model 'vgg'"): get_model("vgg")
-    with pytest.raises(ValueError, match="num_classes must be a positive integer, not 0"):
-        get_model("alexnet", 0)
+    with pytest.raises(ValueError, match="num_classes must be a positive integer, not 0"): get_model("alexnet", 0)

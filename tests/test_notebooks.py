@@ -23,5 +23,4 @@ def cell(source, *texts):
     (cell("# Seconds of this machine"), cell("# Seconds of this machine", "2 s"), "its output is not stored"),
     (cell("print()"), cell("print()", f"{show.ROOT}/data"), "it shows a path of this machine"),
 ])
-def test_a_difference_is_found(stored, now, found):
-    assert show.complaint(stored, now) == found
+def test_a_difference_is_found(stored, now, found): assert show.complaint(stored, now) == found

@@ -1,14 +1,6 @@
 "Uses that would train something other than what is planned: each is mended, refused or warned of in one line."
 
-import contextlib
-import copy
-import errno
-import functools
-import io
-import os
-import warnings
-import zipfile
-from pathlib import Path
+import contextlib, copy, errno, functools, io, os, warnings, zipfile
 
 import numpy as np
 import pytest
@@ -29,8 +21,7 @@ from adabatch.trainer import Trainer
 
 SCHEDULE = adabatch(8, 32, lr=0.1, every=1, epochs=3)  # of 100 samples: 12 + 6 + 3 updates
 
-def sgd(lr=0.1, model=None):
-    return torch.optim.SGD((model or torch.nn.Linear(4, 2)).parameters(), lr=lr, momentum=0.9)
+def sgd(lr=0.1, model=None): return torch.optim.SGD((model or torch.nn.Linear(4, 2)).parameters(), lr=lr, momentum=0.9)
 
 def parts(workers=0, **settings):
     "A plan, its loader, an optimizer and its scheduler."
@@ -67,15 +58,11 @@ def strict():
 
 # 1. a model that arrives in eval mode
 
-class Dropping(torch.nn.Module):
+def dropping():
     "With batch normalisation and dropout, whose modes the results depend on."
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        layers = torch.nn.Linear(3072, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 10)
-        self.layers = torch.nn.Sequential(torch.nn.Flatten(), *layers)
-
-    def forward(self, x): return self.layers(x)
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(3072, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 10)
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
 
 def trainer(model=None, epochs=2, **settings):
     model = model or small()
@@ -83,7 +70,7 @@ def trainer(model=None, epochs=2, **settings):
 
 def final(prepare, **settings):
     "The state after a training of the network, once it was prepared."
-    model = Dropping()
+    model = dropping()
     prepare(model)
     trainer(model).fit(**settings)
     return model.state_dict()
@@ -93,17 +80,17 @@ def same(a, b): return all(torch.equal(a[name], b[name]) for name in a)
 def test_a_model_in_eval_mode_is_trained_in_train_mode():
     expected = final(lambda model: None)
     assert same(final(torch.nn.Module.eval), expected)
-    model = Dropping()
+    model = dropping()
     t = trainer(model)
     model.eval()  # after the trainer was made
     t.fit(on_epoch=lambda epoch, row: model.eval())  # and by a test of one's own
     assert same(model.state_dict(), expected)
 
 def test_layers_that_are_frozen_stay_so():
-    model = Dropping()
-    model.layers[2].eval()  # batch normalisation keeps its statistics
+    model = dropping()
+    model[2].eval()  # batch normalisation keeps its statistics
     trainer(model).fit()
-    assert model.layers[2].num_batches_tracked == 0 and not model.layers[2].training and model.training
+    assert model[2].num_batches_tracked == 0 and not model[2].training and model.training
 
 def evaluated(folder):
     with process_group("cpu"):
@@ -112,25 +99,15 @@ def evaluated(folder):
         trainer(model)
         assert not model.training
 
-def test_two_processes_leave_the_mode_as_it_is(tmp_path):
-    together(2, evaluated, tmp_path)
+def test_two_processes_leave_the_mode_as_it_is(tmp_path): together(2, evaluated, tmp_path)
 
 # 2. a loss that is a mean
-
-def mean_loss(output, y): return F.cross_entropy(output, y)
-
-class Mean(torch.nn.Module):
-    def forward(self, output, y): return F.nll_loss(F.log_softmax(output, 1), y)
 
 MEANS = {
     "a function": F.cross_entropy,
     "a module": torch.nn.CrossEntropyLoss(),
-    "a partial": functools.partial(F.cross_entropy, label_smoothing=0.1),
-    "a partial that says so": functools.partial(F.cross_entropy, reduction="mean"),
     "no reduction at all": functools.partial(F.cross_entropy, reduction="none"),
     "a lambda": lambda output, y: F.cross_entropy(output, y),
-    "a function of one's own": mean_loss,
-    "a module of one's own": Mean(),
     "a mean with a penalty": lambda output, y: F.cross_entropy(output, y) + 0.1 * output.square().mean(),
 }
 
@@ -139,7 +116,6 @@ def test_a_mean_metric_is_refused():
         trainer(metric=lambda output, y: (output.argmax(1) != y).float().mean() + 1).fit()
 
 SUMS = {
-    "a function": lambda output, y: F.cross_entropy(output, y, reduction="sum"),
     "a partial": functools.partial(F.cross_entropy, reduction="sum"),
     "a module": torch.nn.CrossEntropyLoss(reduction="sum"),
     "twice the half": lambda output, y: 2 * (0.5 * F.cross_entropy(output, y, reduction="sum")),
@@ -151,7 +127,7 @@ def test_a_mean_loss_is_refused(loss):
 
 @pytest.mark.parametrize("loss", SUMS.values(), ids=SUMS)
 def test_a_summed_loss_is_asked_without_a_trace(loss):
-    asked, expected = Dropping(), Dropping()
+    asked, expected = dropping(), dropping()
     trainer(asked, loss=loss).fit()
     trainer(expected).fit()  # the default is known to be a sum: it is not asked
     assert same(asked.state_dict(), expected.state_dict())
@@ -182,55 +158,50 @@ def test_a_loop_over_epochs_around_the_loader(workers):
         return made
     assert warned(train, "all 21 updates are done", here=False) == 21
 
-def test_a_scheduler_that_is_stepped_beyond_the_plan():
-    plan, loader, optimizer, scheduler = parts()
-    assert plan.updates == 21
-    def beyond():
-        for _ in range(25): step(optimizer, scheduler)
-    warned(beyond, "has counted 22 updates, but the plan has given 0 batches of 21")
-    plan, loader, optimizer, scheduler = parts()
-    def twice():
-        for _ in loader:
-            step(optimizer, scheduler)
-            scheduler.step()
-    warned(twice, "step it once after each batch")
+MISUSES = []
 
-def test_an_epoch_trained_twice():
-    plan, loader, optimizer, scheduler = parts()
-    def train():
-        for _ in plan.by_epoch():
-            for _ in range(2):
-                for _ in loader: step(optimizer, scheduler)
-    warned(train, "step it once after each batch")
+def misuse(line, here=True): return lambda loop: MISUSES.append(pytest.param(loop, line, here, id=loop.__name__))
 
-def test_fewer_steps_than_batches():
-    plan, loader, optimizer, scheduler = parts()
-    def accumulate():
-        for _ in plan.by_epoch():
-            for k, _ in enumerate(loader):
-                if k % 2: step(optimizer, scheduler)
-    warned(accumulate, "step it once after each batch")
+@misuse("has counted 22 updates, but the plan has given 0 batches of 21")
+def stepped_beyond_the_plan(plan, loader, optimizer, scheduler):
+    for _ in range(25): step(optimizer, scheduler)
 
-def test_a_scheduler_that_is_stepped_every_epoch():
-    plan, loader, optimizer, scheduler = parts()
-    def train():
-        for _ in range(3):
-            for _ in loader: optimizer.step()
-            scheduler.step()
-    warned(train, "has given all 21 batches, but the scheduler has counted 1 updates", here=False)
+@misuse("step it once after each batch")
+def stepped_twice_a_batch(plan, loader, optimizer, scheduler):
+    for _ in loader:
+        step(optimizer, scheduler)
+        scheduler.step()
 
-def test_two_schedulers_of_one_optimizer():
-    plan, loader, optimizer, scheduler = parts()
+@misuse("step it once after each batch")
+def an_epoch_trained_twice(plan, loader, optimizer, scheduler):
+    for _ in plan.by_epoch():
+        for _ in range(2):
+            for _ in loader: step(optimizer, scheduler)
+
+@misuse("step it once after each batch")
+def stepped_every_other_batch(plan, loader, optimizer, scheduler):
+    for _ in plan.by_epoch():
+        for k, _ in enumerate(loader):
+            if k % 2: step(optimizer, scheduler)
+
+@misuse("has given all 21 batches, but the scheduler has counted 1 updates", here=False)
+def stepped_every_epoch(plan, loader, optimizer, scheduler):
+    for _ in range(3):
+        for _ in loader: optimizer.step()
+        scheduler.step()
+
+@misuse("nothing else may set it, no other scheduler either")
+def two_schedulers(plan, loader, optimizer, scheduler):
     other = CosineAnnealingLR(optimizer, 21)
-    def train():
-        for _ in loader:
-            step(optimizer, scheduler)
-            other.step()
-    warned(train, "nothing else may set it, no other scheduler either")
+    for _ in loader:
+        step(optimizer, scheduler)
+        other.step()
+
+@pytest.mark.parametrize("loop, line, here", MISUSES)
+def test_a_scheduler_that_is_not_stepped_once_a_batch(loop, line, here): warned(lambda: loop(*parts()), line, here)
 
 def test_gradients_accumulated_over_batches_of_the_plan():
-    plan = Plan(fixed(1, lr=0.1, epochs=30), 100)
-    optimizer = sgd()
+    plan, optimizer = Plan(fixed(1, lr=0.1, epochs=30), 100), sgd()
     scheduler = plan.lr_scheduler(optimizer)
     def train():
         for k, _ in enumerate(plan):
@@ -312,9 +283,8 @@ def test_resumed_in_the_wrong_order():
     later = parts()[3]
     for _ in range(5): step(later.optimizer, later)
     warned(lambda: resume(lambda plan, scheduler: setattr(plan, "start", 5)), "set plan.start before making it")
-    warned(
-        lambda: resume(lambda plan, scheduler: scheduler.load_state_dict(later.state_dict())),
-        "when resuming, set plan.start")
+    load = later.state_dict()
+    warned(lambda: resume(lambda plan, scheduler: scheduler.load_state_dict(load)), "when resuming, set plan.start")
 
 def test_epochs_of_a_stateful_loader():
     plan, _, optimizer, scheduler = parts()
@@ -334,25 +304,17 @@ def test_epochs_of_a_stateful_loader():
 
 # 5. a batch that never reaches its largest size
 
-@pytest.mark.parametrize("make, line", [
-    (lambda: adabatch(256, 4096, lr=0.1, epochs=30), "ends at 512, not at max_batch_size 4096: give every=7"),
-    (lambda: adabatch(128, 2048, lr=0.01, epochs=10), "ends at 128, not at max_batch_size 2048: give every=2"),
-    (
-        lambda: adabatch(256, 4096, lr=0.1, epochs=90, every=30),
-        "ends at 1024, not at max_batch_size 4096: give every=22"),
-    (
-        lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4]),
-        "ends at 32, not at max_batch_size 64: give 2 milestones"),
-    (
-        lambda: adabatch(16, 64, lr=0.1, epochs=9, milestones=[4, 9]),
-        "ends at 32, not at max_batch_size 64: give 2 milestones"),
-    (
-        lambda: adabatch(16, 256, lr=0.1, epochs=2, every=1),
-        "ends at 32, not at max_batch_size 256: give more than 4 epochs"),
-    (lambda: adabatch(16, 256, lr=0.1, epochs=1), "ends at 16, not at max_batch_size 256: give more than 4 epochs"),
+@pytest.mark.parametrize("sizes, epochs, settings, line", [
+    ((256, 4096), 30, {}, "ends at 512, not at max_batch_size 4096: give every=7"),
+    ((128, 2048), 10, {}, "ends at 128, not at max_batch_size 2048: give every=2"),
+    ((256, 4096), 90, dict(every=30), "ends at 1024, not at max_batch_size 4096: give every=22"),
+    ((16, 64), 9, dict(milestones=[4]), "ends at 32, not at max_batch_size 64: give 2 milestones"),
+    ((16, 64), 9, dict(milestones=[4, 9]), "ends at 32, not at max_batch_size 64: give 2 milestones"),
+    ((16, 256), 2, dict(every=1), "ends at 32, not at max_batch_size 256: give more than 4 epochs"),
+    ((16, 256), 1, {}, "ends at 16, not at max_batch_size 256: give more than 4 epochs"),
 ])
-def test_a_batch_that_never_reaches_its_largest(make, line):
-    warned(make, line)
+def test_a_batch_that_never_reaches_its_largest(sizes, epochs, settings, line):
+    warned(lambda: adabatch(*sizes, lr=0.1, epochs=epochs, **settings), line)
 
 def test_a_milestone_too_close_to_the_end():
     schedule = adabatch(16, 32, lr=0.1, milestones=[2.99], epochs=3)
@@ -360,9 +322,8 @@ def test_a_milestone_too_close_to_the_end():
     assert Plan(schedule, 10_000).at(1869).batch_size == 32
 
 def test_what_reaches_its_largest_is_silent():
-    for schedule in (
-        adabatch(256, 4096, lr=0.1), adabatch(256, 4096, lr=0.1, growth=4), adabatch(100, 300, 0.1, growth=1.5)):
-        assert schedule.stages[-1].batch_size in (4096, 300)
+    for top, schedule in ((4096, adabatch(256, 4096, lr=0.1, growth=4)), (300, adabatch(100, 300, 0.1, growth=1.5))):
+        assert schedule.stages[-1].batch_size == top
     adabatch(64, 64, lr=0.1, epochs=1)
     for every in (7, 6): assert adabatch(256, 4096, lr=0.1, epochs=30, every=every).at(29).batch_size == 4096
 
@@ -373,24 +334,16 @@ def test_a_run_is_named_by_what_it_reaches():
     text = resolve(Experiment("resnet20", "cifar10")).describe()
     assert "128 (epoch 0, lr 0.01)" in text and "2048 (epoch 80, lr 0.00316406)" in text
 
-def test_names_of_the_records_have_not_changed():
-    from adabatch import record
-    paths = sorted(Path("outputs").rglob("*.npz"))
-    assert len(paths) > 70
-    for path in paths:
-        config = record.load(path).config
-        known = {name: value for name, value in config.items() if name in Experiment.__dataclass_fields__}
-        assert resolve(Experiment(**known, output_dir="outputs", device="cpu"), here=False).path == path
-
 # 6. schedules read from a curve that is none of this training
 
-@pytest.mark.parametrize("curve, line", [
-    (lambda: OneCycleLR(sgd(), 0.1, total_steps=1000), "OneCycleLR has total_steps=1000, but is read for 10"),
-    (lambda: CosineAnnealingLR(sgd(), T_max=1000), "CosineAnnealingLR has T_max=1000, but is read for 10"),
-    (lambda: CosineAnnealingLR(sgd(), T_max=5), "CosineAnnealingLR has T_max=5, but is read for 10"),
-])
-def test_a_scheduler_of_other_steps(curve, line):
-    with pytest.raises(ValueError, match=line): from_lr_schedule(curve(), 16, 256, epochs=10)
+def test_a_scheduler_of_other_steps():
+    for scheduler, name in (
+        (OneCycleLR(sgd(), 0.1, total_steps=1000), "OneCycleLR has total_steps=1000"),
+        (CosineAnnealingLR(sgd(), T_max=1000), "CosineAnnealingLR has T_max=1000"),
+        (CosineAnnealingLR(sgd(), T_max=5), "CosineAnnealingLR has T_max=5"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}, but is read for 10"):
+            from_lr_schedule(scheduler, 16, 256, epochs=10)
 
 def test_a_curve_without_growth():
     def of_the_epoch(epoch): return 0.1 * 0.1 ** (epoch // 30)
@@ -419,17 +372,15 @@ def several(settings, line):
     (dict(rank=0, world_size=3), "give Plan rank and world_size"),
     (dict(rank="mine", world_size=2), None),
 ])
-def test_processes_that_the_plan_does_not_know(settings, line):
-    together(2, several, settings, line)
+def test_processes_that_the_plan_does_not_know(settings, line): together(2, several, settings, line)
 
 # 8. an optimizer with another rate
 
 def test_an_optimizer_with_another_base_rate():
     warm = adabatch(16, 32, lr=0.1, every=2, epochs=4, warmup_epochs=2, base_batch_size=4)  # from 0.1 to 0.4
     plan = Plan(warm, 100)
-    warned(
-        lambda: plan.lr_scheduler(sgd(warm.stages[0].lr)),
-        "was built with lr=0.4, not 0.1: all learning rates will be 4")
+    line = "was built with lr=0.4, not 0.1: all learning rates will be 4"
+    warned(lambda: plan.lr_scheduler(sgd(warm.stages[0].lr)), line)
     plan.lr_scheduler(sgd(0.1))
     groups = torch.optim.SGD([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=lr) for lr in (0.1, 0.01)], lr=1)
     plan.lr_scheduler(groups)
@@ -473,22 +424,21 @@ def test_plans_that_are_none():
 
 ROW = dict.fromkeys((*record.COUNTS, *record.MEASURES, *record.CLOCKS), 1)
 
-@pytest.mark.parametrize("change, line", [
-    (dict(history=[]), "at least one epoch"),
-    (dict(history=[dict(ROW, lr="high")]), "could not convert"),
-    (dict(history=[{n: v for n, v in ROW.items() if n != "lr"}]), "the history lacks lr"),
-    (dict(history=[dict(ROW, updates=2.7)]), "a count must be whole"),
-    (dict(config=[1]), "dicts of settings"),
-    (dict(environment=None), "dicts of settings"),
-    (dict(status="done"), "a status of complete, diverged"),
-])
-def test_a_record_that_could_not_be_loaded_is_not_saved(change, line, tmp_path):
+def test_a_record_that_could_not_be_loaded_is_not_saved(tmp_path):
     parts = dict(history=[ROW], config={}, environment={}, status="complete")
     record.save(tmp_path / "good.npz", **parts)
     assert record.load(tmp_path / "good.npz").epochs == 1
-    with pytest.raises((ValueError, TypeError), match=line):
-        record.save(tmp_path / "bad.npz", **parts | change)
-    assert [path.name for path in tmp_path.iterdir()] == ["good.npz"]
+    for change, line in (
+        (dict(history=[]), "at least one epoch"),
+        (dict(history=[dict(ROW, lr="high")]), "could not convert"),
+        (dict(history=[{n: v for n, v in ROW.items() if n != "lr"}]), "the history lacks lr"),
+        (dict(history=[dict(ROW, updates=2.7)]), "a count must be whole"),
+        (dict(config=[1]), "dicts of settings"),
+        (dict(environment=None), "dicts of settings"),
+        (dict(status="done"), "a status of complete, diverged"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=line): record.save(tmp_path / "bad.npz", **parts | change)
+        assert [path.name for path in tmp_path.iterdir()] == ["good.npz"]
 
 def test_a_record_of_false_size(tmp_path):
     path = tmp_path / "r.npz"
@@ -502,21 +452,23 @@ def test_a_record_of_false_size(tmp_path):
         np.lib.format.write_array_header_1_0(f, header)
         claim = f.getvalue() + bytes(8)
     write(**{"lr.npy": claim})
-    assert "damaged" in error_of(lambda: record.load(path), ValueError)
+    assert "claims more numbers than fit" in error_of(lambda: record.load(path), ValueError)
     write(**{"lr.npy": members["lr.npy"], "unknown.npy": bytes(10**8)})  # is not read
     assert record.load(path).epochs == 1
     with io.BytesIO() as f:
         np.save(f, np.zeros(10**7))
         write(**{"lr.npy": f.getvalue()})
-    assert "damaged" in error_of(lambda: record.load(path), ValueError)
+    assert "claims more numbers than fit" in error_of(lambda: record.load(path), ValueError)
 
-def test_names_and_pipes(tmp_path):
+def test_what_is_no_file_is_not_called_damaged(tmp_path):
     for name in ("a\nb", "a\0b"):
-        error_of(lambda name=name: record.load(tmp_path / name), FileNotFoundError)
-        error_of(lambda name=name: files.load_weights(tmp_path / name), FileNotFoundError)
+        for read in (record.load, files.load_weights):
+            error_of(lambda read=read, path=tmp_path / name: read(path), FileNotFoundError)
     os.mkfifo(tmp_path / "pipe")
     for read in (record.load, files.load_weights, files.load_checkpoint):
         assert "it is a pipe" in error_of(lambda read=read: read(tmp_path / "pipe"), OSError)
+        line = error_of(lambda read=read: read(tmp_path), OSError)
+        assert "cannot be read (Is a directory" in line and "delete" not in line
 
 def test_a_folder_where_a_file_is_to_go(tmp_path, quick):
     e = Experiment(epochs=2, every=1, max_batch_size=32, device="cpu", output_dir=str(tmp_path))
@@ -533,27 +485,31 @@ class Full:
     def flush(self): self.write(b"")
     def __getattr__(self, name): return getattr(self.file, name)
 
-def test_a_full_disk_is_called_so(tmp_path, monkeypatch):
-    def full(path, mode):
-        @contextlib.contextmanager
-        def opened():
-            with open(path, mode) as f: yield Full(f)
-        return opened()
-    monkeypatch.setattr(files, "open", full, raising=False)
-    for save in (
-        lambda p: files.save_checkpoint(p, {"x": torch.zeros(10)}),
-        lambda p: record.save(p, [ROW], {}, {}, "complete")):
-        assert "could not be written (No space left on device)" in error_of(
-            lambda save=save: save(tmp_path / "x"), OSError)
-        assert list(tmp_path.iterdir()) == []
+@contextlib.contextmanager
+def opened(path, mode):
+    with open(path, mode) as f: yield Full(f)
+
+@pytest.mark.parametrize("module, name, full", [(files, "open", opened), (os, "fsync", Full(None).write)])
+def test_a_full_disk_is_called_so_and_leaves_what_was_there(tmp_path, monkeypatch, module, name, full):
+    def checkpoint(step): files.save_checkpoint(tmp_path / "run.pt", {"step": step})
+    def result(status): record.save(tmp_path / "run.npz", [ROW], {}, {}, status)
+    checkpoint(1), result("complete")
+    monkeypatch.setattr(module, name, full, raising=False)
+    for save, value, file in ((checkpoint, 2, "run.pt"), (result, "diverged", "run.npz")):
+        line = error_of(lambda save=save, value=value: save(value), OSError)
+        assert f"{file} could not be written (No space left on device)" in line
+    monkeypatch.undo()
+    assert files.load_checkpoint(tmp_path / "run.pt")["step"] == 1
+    assert record.load(tmp_path / "run.npz").status == "complete"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.npz", "run.pt"]
 
 def test_the_command_warns_in_one_line(tmp_path, capfd, quick):
     listen("default")
     options = dict(epochs=1, dataset="digits", device="cpu", output_dir=str(tmp_path))
     assert train.main([f"--{name}={value}" for name, value in options.items()]) == 0
     shown = capfd.readouterr()
-    assert (
-        shown.err.startswith("warning: the batch ends at 16, not at max_batch_size 256") and shown.err.count("\n") == 1)
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("warning: the batch ends at 16, not at max_batch_size 256")
     assert "adabatch-16-16-epochs1-seed0.npz" in shown.out
 
 def test_a_scheduler_that_is_never_stepped_in_an_epoch_is_noticed():

@@ -1,21 +1,14 @@
-import contextlib
-import copy
-import errno
-import json
-import math
-import os
-import signal
-import time
+import contextlib, copy, json, os, signal, time
 
 import pytest
 import torch
 from conftest import small, together
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from adabatch import files, record, trainer as engine
+from adabatch import trainer as engine
 from adabatch.data import Images, load_data
 from adabatch.device import Interrupted, check_device, process_group
-from adabatch.files import load_checkpoint, load_weights, save_checkpoint
+from adabatch.files import save_checkpoint
 from adabatch.loader import micro_batches, shard, split
 from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
@@ -29,16 +22,14 @@ def trainer(schedule, model=None, data=None, **settings):
     return Trainer(model, optimizer, data or load_data("digits"), schedule, **settings)
 
 def clockless(history): return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
-
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def test_shards_and_micro_batches_cover_every_sample_once():
     assert split(128, 3) == [43, 43, 42]
     for batch, size, micro in ((128, 3, 64), (128, 3, 7), (2, 3, 1), (100, 1, 30)):
         for batch_slice in [(start, min(start + batch, 300)) for start in range(0, 300, batch)]:
-            samples = [
-                i for rank in range(size) for a, b in micro_batches(shard(batch_slice, rank, size), micro)
-                for i in range(a, b)]
+            parts = [micro_batches(shard(batch_slice, rank, size), micro) for rank in range(size)]
+            samples = [i for part in parts for a, b in part for i in range(a, b)]
             assert samples == list(range(*batch_slice))
 
 def test_micro_batches_are_cut_equal():
@@ -47,9 +38,8 @@ def test_micro_batches_are_cut_equal():
         for size in range(1, 70):
             sizes = [stop - start for start, stop in micro_batches((7, 7 + samples), size)]
             assert sum(sizes) == samples and max(sizes) <= size and len(sizes) == -(-samples // size)
-            assert max(sizes) - min(sizes) <= 1 and (
-                min(sizes) > 1 or samples == 1 or size < 3
-            )  # never a piece of one image
+            assert max(sizes) - min(sizes) <= 1
+            assert min(sizes) > 1 or samples == 1 or size < 3  # never a piece of one image
 
 # --- however an update is cut
 
@@ -57,17 +47,16 @@ class Watched:
     "Digits, cut down to a few samples, that keeps what it was asked for."
     def __init__(self, samples):
         whole = load_data("digits")
-        self.inner = Images(
-            (whole.crops[:samples, 4, 4].permute(0, 3, 1, 2), whole.labels[:samples]), [t[:50] for t in whole.test],
-            (0.3,), (0.37,), 10)
+        images = whole.crops[:samples, 4, 4].permute(0, 3, 1, 2)
+        self.inner = Images((images, whole.labels[:samples]), [t[:50] for t in whole.test], (0.3,), (0.37,), 10)
         self.device, self.shape, self.train_size, self.test_size = self.inner.device, self.inner.shape, samples, 50
         self.draw, self.test_batches, self.seen = self.inner.draw, self.inner.test_batches, []
 
     def train_batches(self, epoch, slices):
         for a, b in slices:
             i = epoch.order[a:b]
-            self.seen += [[epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])] for p, n in zip(
-                range(a, b), i.tolist())]
+            drawn = zip(range(a, b), i.tolist())
+            self.seen += [[epoch.number, p, n, *epoch.crop[n].tolist(), bool(epoch.flip[n])] for p, n in drawn]
             yield next(self.inner.train_batches(epoch, [(a, b)]))
 
 def cut(folder, updates):
@@ -75,31 +64,24 @@ def cut(folder, updates):
     with process_group("cpu"):
         for batch in (126, 128):
             for micro in (None, 7, 64):
-                t = trainer(
-                    fixed(batch, lr=0.02, epochs=1), small(torch.float64), Watched(batch * updates), micro_batch=micro)
+                data = Watched(batch * updates)
+                t = trainer(fixed(batch, lr=0.02, epochs=1), small(torch.float64), data, micro_batch=micro)
                 t.fit()
                 name = f"{folder}/{t.world.size}-{batch}-{micro}-{updates}"
                 if t.world.rank == 0: torch.save(weights(t.model), f"{name}.pt")
                 with open(f"{name}-{t.world.rank}.json", "w") as f: json.dump(t.data.seen, f)
 
 def test_one_update_and_ten_are_the_same_however_they_are_cut(tmp_path):
-    worst = {}
     for updates in (1, 10):
         for size in (1, 2, 3): together(size, cut, str(tmp_path), updates)
         for batch in (126, 128):
             reference = torch.load(tmp_path / f"1-{batch}-None-{updates}.pt")
             samples = json.loads((tmp_path / f"1-{batch}-None-{updates}-0.json").read_text())
             assert len(samples) == batch * updates
-            for size in (1, 2, 3):
-                for micro in (None, 7, 64):
-                    name = tmp_path / f"{size}-{batch}-{micro}-{updates}"
-                    error = ((torch.load(f"{name}.pt") - reference).norm() / reference.norm()).item()
-                    worst[updates] = max(worst.get(updates, 0), error)
-                    assert error < 1e-6
-                    together_seen = [
-                        s for rank in range(size) for s in json.loads((tmp_path / f"{name}-{rank}.json").read_text())]
-                    assert sorted(together_seen) == samples  # the same samples, crops and flips at the same positions
-    print(f"largest relative difference: {worst[1]:.1e} after one update, {worst[10]:.1e} after ten")
+            for name in (f"{size}-{batch}-{micro}-{updates}" for size in (1, 2, 3) for micro in (None, 7, 64)):
+                assert (torch.load(tmp_path / f"{name}.pt") - reference).norm() < 1e-6 * reference.norm()
+                seen = [json.loads(path.read_text()) for path in tmp_path.glob(f"{name}-?.json")]
+                assert sorted(sum(seen, [])) == samples  # the same samples, crops and flips at the same positions
 
 def lonely(folder):
     "A batch of two on three processes: one of them has nothing to do."
@@ -127,25 +109,30 @@ def test_an_update_is_that_of_plain_pytorch():
     with torch.no_grad(): test = plain(next(data.test_batches([(0, 360)]))[0]).argmax(1) != data.test[1]
     assert history[0]["test_error"] == pytest.approx(100 * test.double().mean().item(), abs=0.3)
 
-def normalised(folder, stop):
-    "ResNet-20, with batch normalisation, on three processes; stopped after `stop` updates if that is not 0."
+def interruptible(folder, stop, *parts):
+    "Train in however many processes, the last of which is told to stop at `stop` = (epoch, update), if it is given."
     engine.ASK_SECONDS = 0  # every update is a moment to stop at
     with process_group("cpu"):
         torch.manual_seed(0)
-        t = trainer(adabatch(16, 32, lr=0.02, every=1, epochs=2), get_model("resnet20"), Watched(96))
+        t = trainer(*(part() for part in parts))
         def interrupt(epoch, update, updates):
-            if stop and 6 * epoch + update == stop and t.world.rank == 1: signal.raise_signal(signal.SIGTERM)
+            if (epoch, update) == stop and t.world.rank == t.world.size - 1: signal.raise_signal(signal.SIGTERM)
         with contextlib.suppress(Interrupted):
             history = t.fit(f"{folder}/run.pt", on_update=interrupt)
             if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
 
-@pytest.mark.parametrize("stop", [4, 6])
+def normalised(folder, stop):
+    "ResNet-20, with batch normalisation."
+    schedule = adabatch(16, 32, lr=0.02, every=1, epochs=2)
+    interruptible(folder, stop, lambda: schedule, lambda: get_model("resnet20"), lambda: Watched(96))
+
+@pytest.mark.parametrize("stop", [(0, 4), (0, 6)])
 def test_three_processes_with_batch_normalisation_resume_to_the_bit(tmp_path, stop):
     for name in ("whole", "cut"): (tmp_path / name).mkdir()
-    together(3, normalised, str(tmp_path / "whole"), 0)
+    together(3, normalised, str(tmp_path / "whole"), None)
     together(3, normalised, str(tmp_path / "cut"), stop)
     assert not (tmp_path / "cut/done.pt").exists()  # one process was told to stop, and all did
-    together(3, normalised, str(tmp_path / "cut"), 0)
+    together(3, normalised, str(tmp_path / "cut"), None)
     (a, history), (b, resumed) = (torch.load(tmp_path / name / "done.pt") for name in ("whole", "cut"))
     assert torch.equal(a, b) and history == resumed
 
@@ -160,9 +147,7 @@ def stopped(path, at, **settings):
         trainer(GROWING, data=data, **settings).fit(path, on_update=interrupt)
     return data.seen
 
-@pytest.mark.parametrize(
-    "at", [(0, 1), (1, 40), (1, 89), (2, 1), (3, 44)]
-)  # within epochs, at their end, after a milestone
+@pytest.mark.parametrize("at", [(0, 1), (1, 40), (1, 89), (2, 1), (3, 44)])  # also at an epoch's end, after a milestone
 def test_resumed_to_the_bit(tmp_path, at):
     whole = trainer(GROWING, data=Watched(1437))
     history = whole.fit()
@@ -172,42 +157,27 @@ def test_resumed_to_the_bit(tmp_path, at):
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert before + resumed.data.seen == whole.data.seen
 
-def test_resumed_with_another_micro_batch_takes_the_same_samples(tmp_path):
+def test_resumed_with_another_micro_batch_takes_the_same_samples_and_says_so(tmp_path):
     whole = trainer(GROWING, data=Watched(1437))
     history = whole.fit()
-    before = stopped(tmp_path / "run.pt", (2, 10))
+    before = stopped(tmp_path / "run.pt", (2, 10)) + stopped(tmp_path / "run.pt", (2, 20), micro_batch=7)
     resumed = trainer(GROWING, data=Watched(1437), micro_batch=7)
     again = resumed.fit(tmp_path / "run.pt")
     assert before + resumed.data.seen == whole.data.seen
     assert [r["micro_batch"] for r in again] == [16, 16, 0, 7]  # 0: cut in two ways
     assert again[-1]["train_loss"] == pytest.approx(history[-1]["train_loss"], rel=1e-4)
 
-def elsewhere(folder, stop):
-    "The same training as `stopped`, by however many processes there are."
-    engine.ASK_SECONDS = 0
-    with process_group("cpu"):
-        t = trainer(GROWING, small(torch.float64))
-        def interrupt(epoch, update, updates):
-            if stop and (epoch, update) == (1, 40): signal.raise_signal(signal.SIGTERM)
-        with contextlib.suppress(Interrupted):
-            history = t.fit(f"{folder}/run.pt", on_update=interrupt)
-            if t.world.rank == 0: torch.save([weights(t.model), clockless(history)], f"{folder}/done.pt")
+def growing(folder, stop): interruptible(folder, stop, lambda: GROWING, lambda: small(torch.float64))
 
 def test_begun_by_three_processes_and_carried_on_by_one(tmp_path):
     for name in ("whole", "moved"): (tmp_path / name).mkdir()
-    together(1, elsewhere, str(tmp_path / "whole"), False)
-    together(3, elsewhere, str(tmp_path / "moved"), True)
-    together(1, elsewhere, str(tmp_path / "moved"), False)
+    together(1, growing, str(tmp_path / "whole"), None)
+    together(3, growing, str(tmp_path / "moved"), (1, 40))
+    together(1, growing, str(tmp_path / "moved"), None)
     (a, history), (b, moved) = (torch.load(tmp_path / name / "done.pt") for name in ("whole", "moved"))
     assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)
     assert [(r["processes"], r["micro_batch"]) for r in moved] == [(3, 6), (1, 0), (1, 32), (1, 32)]
     assert [r["train_loss"] for r in moved] == pytest.approx([r["train_loss"] for r in history], rel=1e-9)
-
-def test_cut_in_two_ways_stays_so_after_another_interruption(tmp_path):
-    stopped(tmp_path / "run.pt", (2, 10))
-    stopped(tmp_path / "run.pt", (2, 20), micro_batch=7)
-    history = trainer(GROWING, micro_batch=7).fit(tmp_path / "run.pt")
-    assert [r["micro_batch"] for r in history] == [16, 16, 0, 7]
 
 def test_what_is_done_between_updates_is_in_no_phase():
     t = trainer(fixed(64, lr=0.02, epochs=1), data=Watched(640))
@@ -221,55 +191,24 @@ def test_a_device_without_a_number_is_the_first(monkeypatch):
 
 def test_a_checkpoint_is_written_within_an_epoch_and_is_small(tmp_path, monkeypatch):
     writes = []
-    monkeypatch.setattr(
-        engine, "save_checkpoint", lambda path,
-        state: writes.append((state["epoch"], state["update"])) or save_checkpoint(path, state))
+    def save(path, state):
+        writes.append((state["epoch"], state["update"]))
+        save_checkpoint(path, state)
+    monkeypatch.setattr(engine, "save_checkpoint", save)
     torch.manual_seed(0)
     model = get_model("resnet20")
     t = trainer(fixed(32, lr=0.1, epochs=1), model, Watched(96))
     t.fit(tmp_path / "run.pt", checkpoint_minutes=0)
     assert writes == [(0, 1), (0, 2), (0, 3), (1, 0)]
-    size = sum(v.numel() * v.element_size() for v in model.state_dict().values()) + sum(
-        p.numel() * 4 for p in model.parameters())
-    print(f"checkpoint {(tmp_path / 'run.pt').stat().st_size:,} bytes, model and momentum {size:,}")
+    size = sum(v.nbytes for v in model.state_dict().values()) + sum(p.nbytes for p in model.parameters())  # momentum
     assert (tmp_path / "run.pt").stat().st_size <= 1.1 * size
     assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 1
-
-@pytest.mark.parametrize("harm", [
-    lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b"", lambda b: b[:2000] + bytes([b[2000] ^ 1]) + b[2001:]])
-def test_a_damaged_checkpoint(tmp_path, harm, capsys):
-    path, previous = tmp_path / "run.pt", tmp_path / "run.pt.previous"
-    for step in (1, 2): save_checkpoint(path, {"step": step, "weights": torch.arange(5000.0)})
-    path.write_bytes(harm(path.read_bytes()))
-    assert load_checkpoint(path)["step"] == 1
-    assert "run.pt is damaged and skipped" in capsys.readouterr().err
-    previous.unlink()
-    with pytest.raises(ValueError, match="run.pt: damaged: remove to start this run again"):
-        load_checkpoint(path)
-
-def test_every_altered_byte_of_a_checkpoint_that_matters_is_noticed(tmp_path):
-    path = tmp_path / "run.pt"
-    save_checkpoint(path, {"step": 1, "weights": torch.arange(50.0)})
-    whole, state = path.read_bytes(), load_checkpoint(path)
-    for i in range(0, len(whole), 3):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :])
-        found = files._read(path)
-        assert found is None or (found["step"] == 1 and torch.equal(found["weights"], state["weights"]))
 
 def test_a_checkpoint_of_another_experiment_is_refused(tmp_path):
     trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})
     trainer(GROWING).fit(tmp_path / "run.pt", {"lr": (0.02, 1)})  # JSON makes a list of it
     with pytest.raises(ValueError, match=r"run.pt was written with other settings \(lr\)"):
         trainer(GROWING).fit(tmp_path / "run.pt", {"lr": 0.03})
-
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    save_checkpoint(path, {"step": 1})
-    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="run.pt could not be written .*No space left on device.*last good checkpoint"):
-        save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(path)["step"] == 1 and [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 # --- memory, loss, batches
 
@@ -309,11 +248,6 @@ def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path, where
     assert used == [8, 8, 8, 8]  # 16 over two is 8; the stage of 32 does not fit with 16
     assert torch.allclose(whole, halved, rtol=1e-9, atol=1e-12)
 
-def test_not_even_one_sample_fits():
-    t = trainer(GROWING, Cramped(0))
-    t.micro_batch.tries_memory = True
-    with pytest.raises(MemoryError, match="not even one sample"): t.fit()
-
 def test_trying_a_batch_leaves_no_trace():
     torch.manual_seed(0)
     t = trainer(GROWING, get_model("resnet20"))
@@ -326,9 +260,9 @@ def test_accumulating_keeps_no_more_however_large_the_batch():
     kept = {}
     for batch in (2048, 524_288):
         images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8).expand(batch, -1, -1, -1)
-        data = Images(
-            (images, torch.zeros(batch, dtype=torch.int64)), (images[:4], torch.zeros(4, dtype=torch.int64)), (0,),
-            (1,), 2, pad=0)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        data = Images((images, labels), (images[:4], labels[:4]), (0,), (1,), 2, pad=0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
         now, most = 0, 0
         def keep(t):
             nonlocal now, most
@@ -340,17 +274,9 @@ def test_accumulating_keeps_no_more_however_large_the_batch():
             now -= t.numel() * t.element_size()
             return t
         with torch.autograd.graph.saved_tensors_hooks(keep, give):
-            trainer(
-                fixed(batch, lr=0.1, epochs=1), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2)), data,
-                micro_batch=2048).fit()
+            trainer(fixed(batch, lr=0.1, epochs=1), model, data, micro_batch=2048).fit()
         kept[batch] = most
-    print(f"most bytes kept for backward: {kept}")
     assert kept[2048] == kept[524_288] > 0
-
-def test_a_loss_that_is_not_finite_ends_the_training():
-    t = trainer(fixed(16, lr=1e6, epochs=5))
-    history = t.fit()
-    assert t.diverged and len(history) == 1 and not math.isfinite(history[0]["train_loss"])
 
 def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     monkeypatch.setattr("torch.utils.data.DataLoader.__init__", lambda *a, **k: pytest.fail("a DataLoader was built"))
@@ -361,8 +287,8 @@ def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     for epoch in range(4): assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(1437))
     assert [r["batch_size"] for r in history] == [16, 16, 32, 32]
     dropped = trainer(GROWING).fit()
-    assert [r["left_out"] for r in dropped] == [1437 % 16, 1437 % 16, 1437 % 32, 1437 % 32] and {
-        r["left_out"] for r in history} == {0}
+    assert [r["left_out"] for r in dropped] == [1437 % 16, 1437 % 16, 1437 % 32, 1437 % 32]
+    assert {r["left_out"] for r in history} == {0}
 
 def test_warmup_moves_the_learning_rate_update_by_update():
     t = trainer(fixed(16, lr=0.01, epochs=2, warmup_epochs=2, base_batch_size=4))
@@ -380,13 +306,6 @@ def test_precisions_run():
     bf16, fp32 = (trainer(GROWING, precision=p).fit()[-1]["train_loss"] for p in ("bf16", "fp32"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.1)
 
-def test_devices_that_are_not_there():
-    with pytest.raises(ValueError, match="device cuda:77 is unavailable: this machine has"):
-        check_device("cuda:77")
-    with pytest.raises(ValueError, match="unknown device 'gpu'"): check_device("gpu")
-    with pytest.raises(ValueError, match="batch size 2,048 is larger than the training set of 1,437"):
-        trainer(fixed(2048, lr=0.1))
-
 def synchronised(folder):
     "Counts the exchanges of gradients in two updates of four pieces a process."
     with process_group("cpu"):
@@ -399,8 +318,7 @@ def synchronised(folder):
         t.fit()
         assert exchanges.count(0) == 2, exchanges
 
-def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path):
-    together(2, synchronised, str(tmp_path))
+def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path): together(2, synchronised, str(tmp_path))
 
 # --- compiled
 
@@ -433,17 +351,11 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
     trainer(GROWING).fit(path)
     adam = small()
     swapped = Trainer(adam, torch.optim.Adam(adam.parameters()), load_data("digits"), GROWING)
-    others = [
+    for make, line in (
         (lambda: trainer(GROWING, seed=1), "another schedule or seed"),
         (lambda: trainer(fixed(16, lr=0.1, epochs=4)), "another schedule or seed"),
         (lambda: trainer(GROWING, get_model("alexnet")), "another model or optimizer"),
         (lambda: swapped, "another model or optimizer"),
-    ]
-    for make, line in others:
+    ):
         with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused: make().fit(path)
         assert "\n" not in str(refused.value)
-
-def test_what_the_system_does_not_let_be_read_is_not_called_damaged(tmp_path):
-    for read in (load_checkpoint, record.load, load_weights):
-        with pytest.raises(OSError, match="cannot be read .Is a directory.") as refused: read(tmp_path)
-        assert "delete" not in str(refused.value)

@@ -1,11 +1,6 @@
 """The recipes of nbs/your_loop.ipynb, each cell on its own, and in two processes with uneven and empty shards."""
 
-import copy
-import json
-import pickle
-import re
-import subprocess
-import sys
+import copy, itertools, json, pickle, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +58,10 @@ def test_a_loader_prepared_by_accelerate_loses_no_sample():
     first, second = (BatchSamplerShard(plan, 2, process) for process in range(2))
     assert [batch for pair in zip(first, second, strict=True) for batch in pair] == list(plan)
 
+def drawn_from(plan, loader, by_epoch):
+    for _ in plan.by_epoch() if by_epoch else [0]:
+        for indices, _ in loader: yield indices.tolist()
+
 @pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_stateful_data_loader(workers, by_epoch):
@@ -71,18 +70,12 @@ def test_stateful_data_loader(workers, by_epoch):
         plan = Plan(AT_5, 100)
         first = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
         plan.lr_scheduler(groups(0.1))
-        got = []
-        for _ in plan.by_epoch() if by_epoch else [0]:
-            if len(got) == received: break
-            for indices, _ in first:
-                got.append(indices.tolist())
-                if len(got) == received: break
-            if len(got) == received: break
+        got = list(itertools.islice(drawn_from(plan, first, by_epoch), received))
         state = first.state_dict()
         assert got == whole[:received] and len(pickle.dumps(state)) < 2000
         plan = Plan(AT_5, 100)
         plan.start = received
         second = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
         second.load_state_dict(copy.deepcopy(state))
-        for _ in plan.by_epoch() if by_epoch else [0]: got += [indices.tolist() for indices, _ in second]
+        got += drawn_from(plan, second, by_epoch)
         assert got == whole

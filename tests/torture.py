@@ -2,15 +2,10 @@
 
 All must end in the record of a run that was left alone. Too long for the normal run."""
 
-import random
-import shutil
-import sys
-import tempfile
-import time
+import random, shutil, sys, tempfile, time
 from pathlib import Path
 
-from conftest import start
-from test_crash import finished, make
+from test_crash import finished, killed
 
 from adabatch import record
 
@@ -24,18 +19,6 @@ def moment(rng, length):
     name = rng.choice(list(ENDINGS))
     return name, rng.choice(ENDINGS[name]), rng.randint(2, 6)
 
-def kill(folder, when):
-    "Begin the run and kill it at that moment. Was it still alive?"
-    child = start(make, folder, when if isinstance(when, tuple) else None)
-    deadline = time.monotonic() + (30 if isinstance(when, tuple) else when)
-    while child.is_alive() and time.monotonic() < deadline and not (folder / "paused").exists():
-        time.sleep(0.002)
-    alive = child.is_alive()
-    child.kill()
-    child.join()
-    (folder / "paused").unlink(missing_ok=True)
-    return alive
-
 def main(kills=200):
     root, rng, done, alive, differ = Path(tempfile.mkdtemp()), random.Random(time.time_ns()), 0, 0, 0
     finished(root / "first")
@@ -45,17 +28,15 @@ def main(kills=200):
     while done < kills:
         folder = root / "killed"
         folder.mkdir()
-        moments = [
-            moment(rng, length) for _ in range(min(kills - done, rng.randint(1, 4)))
-        ]  # of the same run, one after another
-        alive += sum(kill(folder, when) for when in moments)
+        moments = [moment(rng, length) for _ in range(min(kills - done, rng.randint(1, 4)))]  # of the same run
+        alive += sum(killed(folder, when) for when in moments)
         done += len(moments)
         differs = record.differences(whole, finished(folder))
         if differs: print(f"DIFFERS in {differs} after kills at {moments}", flush=True)
         differ += bool(differs)
         shutil.rmtree(folder)
-        print(
-            f"{done}/{kills} kills, {alive} of them before the end of the run; {differ} differing records", flush=True)
+        found = f"{alive} of them before the end of the run; {differ} differing records"
+        print(f"{done}/{kills} kills, {found}", flush=True)
     shutil.rmtree(root)
     return 1 if differ else 0
 
