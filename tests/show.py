@@ -45,7 +45,10 @@ def complaint(cell, executed):
     if VOLATILE.search(cell.source): now, stored = bool(now), bool(stored)
     if now == stored: return None
     if not stored: return "its output is not stored"
-    return f"it gives {str(now)[:200]!r}, but shows {str(stored)[:200]!r}"
+    if VOLATILE.search(cell.source): return "it gives nothing, but shows something"
+    pairs = zip_longest(now.splitlines(), stored.splitlines())
+    new, old = next((pair for pair in pairs if pair[0] != pair[1]), ("", "more or fewer ends of lines"))
+    return f"it gives the line {new!r:.200}, but shows {old!r:.200}"
 
 def complaints(path):
     "One line for each cell of a notebook that shows something else than executing it gives."

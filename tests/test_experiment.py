@@ -1,4 +1,4 @@
-import json, re, signal, subprocess, time
+import json, os, re, signal, subprocess, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +92,25 @@ def test_a_run_that_has_a_checkpoint_goes_on_from_that(tmp_path, quick):
     own = resolve(other).path.with_suffix(".pt")
     own.rename(f"{own}.previous")  # killed between the two renames
     assert run(other).environment["restarts"] == 2
+
+def test_an_interrupted_overwrite_is_not_lost(tmp_path, quick):
+    e = Experiment(output_dir=str(tmp_path), **SHORT | dict(save_weights=True))
+    made, again = run(e), replace(e, overwrite=True, save_weights=False)
+    path = resolve(e).path
+    interrupted(again)
+    assert record.differences(run(e), made) == [] and path.with_suffix(".pt").exists()  # the old record stands
+    assert run(again).environment["restarts"] == 1
+    assert not path.with_suffix(".pt").exists() and not path.with_suffix(".weights.pt").exists()
+
+def test_a_checkpoint_older_than_its_record_is_removed(tmp_path, quick):
+    e = Experiment(output_dir=str(tmp_path), **SHORT)
+    interrupted(e)
+    left = resolve(e).path.with_suffix(".pt").read_bytes()
+    run(e)
+    resolve(e).path.with_suffix(".pt").write_bytes(left)
+    os.utime(resolve(e).path.with_suffix(".pt"), (0, 0))
+    run(e)
+    assert not resolve(e).path.with_suffix(".pt").exists()
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
     monkeypatch.setattr(train, "HERE", Path("/"))

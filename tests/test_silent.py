@@ -401,7 +401,7 @@ def test_a_checkpoint_of_another_version(tmp_path):
     path = tmp_path / "run.pt"
     trainer().fit(path, {"lr": 0.1})
     saved = files.load_checkpoint(path)
-    for name in ("identity", "epoch_sums", "restarts", "division", "columns"):
+    for name in ("identity", "epoch_sums", "restarts", "division", "rows"):
         files.save_checkpoint(path, {n: v for n, v in saved.items() if n != name})
         assert "another version" in error_of(lambda: trainer().fit(path, {"lr": 0.1}), ValueError)
 
