@@ -3,6 +3,7 @@
     python tests/show.py [NOTEBOOK ...]
 """
 import os, re, sys, tempfile
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat

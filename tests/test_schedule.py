@@ -66,7 +66,7 @@ two = Schedule((Stage(0, 4, 0.1), Stage(2, 8, 0.1)), epochs=4)
     (lambda: Schedule((Stage(0, 4.5, 0.1),), 3), TypeError, "batch_size must be an integer"),
     (lambda: Schedule((Stage(0, 4, 0.0),), 3), ValueError, "learning rate at 0 epochs must be positive and finite"),
     (lambda: Schedule((Stage(0, 4, 0.1),), 3, warmup_lr=math.inf), ValueError, "warmup_lr must be finite"),
-    (lambda: replace(from_lr_schedule(lambda p: 1 - p / 2, 4, 8, 10), warmup_epochs=1), ValueError, "sets all learning"),
+    (lambda: replace(from_lr_schedule(lambda p: 1 - p / 2, 4, 8, 10), warmup_epochs=1), ValueError, "sets all"),
     (lambda: adabatch(4, 8, lr=[0.1, 0.2]), TypeError, "lr must be a number"),
     (lambda: adabatch(4, 8, lr=np.array([0.1])), TypeError, "lr must be a number"),
     (lambda: adabatch(4, 8, lr=10**400), ValueError, "lr must be positive and finite"),

@@ -156,7 +156,7 @@ def test_resumed_to_the_bit(tmp_path, at):
     assert clockless(resumed.fit(tmp_path / "run.pt")) == clockless(history)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     assert before + resumed.data.seen == whole.data.seen
-    assert [list(map(type, row.values())) for row in resumed.history] == [list(map(type, row.values())) for row in history]
+    assert json.dumps(clockless(resumed.history)) == json.dumps(clockless(history))  # integers, too
 
 def test_resumed_with_another_micro_batch_takes_the_same_samples_and_says_so(tmp_path):
     whole = trainer(GROWING, data=Watched(1437))
