@@ -12,6 +12,7 @@ import argparse, ast, dataclasses, difflib, math, os, sys, types, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ def _option(default, help): return field(default=default, metadata={"help": help
 class Experiment:
     "What to run. `None` stands for the recipe's value, which `resolve` fills in."
     model: str = _option("alexnet", ", ".join(MODELS))
-    dataset: str = _option("digits", f"{', '.join(DATASETS)}, or a folder (train/, val/ or test/)")
+    dataset: str = _option("digits", ", ".join([*DATASETS, "or a folder (train/, val/ or test/)"]))
     schedule: str = _option("adabatch", " or ".join(SCHEDULES))
     batch_size: int | None = _option(None, "samples per optimizer update, over all processes and micro-batches")
     max_batch_size: int | None = _option(None, "where growth ends (adabatch)")
@@ -85,7 +86,7 @@ RECIPES = {  # (data, network) -> values; `decay` is that of the effective learn
 def recipe(
     model: str,
     dataset: str,
-    schedule: str,  # adabatch or fixed
+    schedule: str,  # one of SCHEDULES
 ) -> dict:  # field -> value
     "The values that `None` stands for. ValueError for a network that does not fit the data."
     family = DATASETS.get(dataset, DATASETS["imagenet"]).family
@@ -94,8 +95,8 @@ def recipe(
         raise WrongValue(f"{model} does not fit {dataset}: choose from {fitting}")
     values = dict(RECIPES[family, model])
     decay = values.pop("decay")
-    if schedule == "fixed": return values | dict(lr_decay=decay, max_batch_size=None, growth=None)
-    return values | dict(lr_decay=decay * values["growth"])
+    if "growth" in signature(SCHEDULES[schedule]).parameters: return values | dict(lr_decay=decay * values["growth"])
+    return values | dict(lr_decay=decay, max_batch_size=None, growth=None)
 
 # %% ../nbs/08_experiment.ipynb #4eded554
 _SUFFIXES = dict(epochs="epochs{}", every="every{}", milestones="at{}", growth="growth{:g}", lr="lr{:g}",
@@ -118,7 +119,7 @@ class Run:
     def arm(self) -> str:
         "Its name without the seed, such as `adabatch-128-2048-accum64`."
         e, usual = self.experiment, self.recipe
-        sizes = f"{e.batch_size}" if e.schedule == "fixed" else f"{e.batch_size}-{e.max_batch_size}"
+        sizes = f"{e.batch_size}" if e.max_batch_size is None else f"{e.batch_size}-{e.max_batch_size}"
         if not e.warmup_epochs: usual = usual | dict(base_batch_size=e.base_batch_size)  # of a warm-up only
         differ = [n for n in _SUFFIXES if getattr(e, n) != usual.get(n, FIELDS[n].default)]
         suffixes = [_SUFFIXES[n].format(getattr(e, n)).replace(",", "-") for n in differ]
@@ -206,9 +207,7 @@ def _check_here(e):
 # %% ../nbs/08_experiment.ipynb #6e54ceaa
 def make_schedule(e: Experiment) -> Schedule:
     "The schedule of a resolved experiment. TypeError or ValueError if its numbers form none."
-    names = ["batch_size", "lr", "lr_decay", "every", "epochs", "warmup_epochs", "base_batch_size"]
-    if e.schedule != "fixed": names += ["max_batch_size", "growth"]
-    values = {n: getattr(e, n) for n in names}
+    values = {n: getattr(e, n) for n in signature(SCHEDULES[e.schedule]).parameters}
     if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
     return SCHEDULES[e.schedule](**values)
 
@@ -231,7 +230,8 @@ def resolve(
                          "or give a folder of class folders")
     values = recipe(e.model, e.dataset, e.schedule)
     for name in ("max_batch_size", "growth"):
-        if e.schedule == "fixed" and getattr(e, name) is not None: raise WrongValue(f"a fixed schedule has no {name}")
+        if values[name] is None and getattr(e, name) is not None:
+            raise WrongValue(f"a {e.schedule} schedule has no {name}")
     if "WORLD_SIZE" in os.environ: values["processes"] = launch_variable("WORLD_SIZE", 1)
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
@@ -296,6 +296,7 @@ GRIDS = {
 }
 GRIDS["cpu"] = _cpu()
 
+# %% ../nbs/08_experiment.ipynb #040b1a01
 def select(
     grid: str,  # one of `GRIDS`
     seeds: int = 1,  # runs of every arm

@@ -119,6 +119,7 @@ def load_weights(path: str | Path) -> dict:  # name -> tensor, on the CPU
 # %% ../nbs/02_files.ipynb #5131c0f0
 class Busy(WrongValue):
     "Another process is writing the file."
+    REASON = "is being written by another process"  # also for who reads the output of a command
 
 @contextlib.contextmanager
 def lock(path: str | Path) -> Iterator[None]:
@@ -129,7 +130,7 @@ def lock(path: str | Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
-    except Timeout: raise Busy(f"{path} is being written by another process") from None
+    except Timeout: raise Busy(f"{path} {Busy.REASON}") from None
     except OSError as error:
         raise OSError(f"output folder {path.parent} cannot be written ({error.strerror})") from None
     try: yield

@@ -8,7 +8,7 @@ __all__ = ['ROUNDS', 'VISIT_SECONDS', 'TOLERANCE', 'OPTIONS', 'UNITS', 'Rounds',
            'advice', 'fixed_and_growing', 'trainer_on_noise', 'rate_table', 'quantity', 'main']
 
 # %% ../nbs/13_forecast.ipynb #3500562d
-import argparse, contextlib, math, re, statistics, sys, time
+import argparse, contextlib, copy, math, re, statistics, sys, time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -113,18 +113,16 @@ def samples_per_second(
     updates: int,  # to be timed
 ) -> float:
     "The rate of a trainer's next updates, of any batch size. ValueError if its data is too small for them."
-    data, lr = trainer.data, trainer.schedule.stages[0].lr
-    plan, state, whole = trainer.plan, trainer.state, data.train_size
-    if batch_size * updates > whole:
-        raise WrongValue(f"{updates} updates of {batch_size:,} need more than {whole:,} samples: give larger data")
-    try:
-        data.train_size = batch_size * updates
-        trainer.plan = Plan(fixed(batch_size, lr, epochs=1), data.train_size)
-        trainer.state = State(EpochSums(trainer.device))
-        if batch_size not in trainer.micro_batch.sizes: prepare(trainer)
-        trainer.train_epoch(lambda updates: None)
-        return data.train_size / trainer.state.sums.seconds[-1]
-    finally: trainer.plan, trainer.state, data.train_size = plan, state, whole
+    short, data = copy.copy(trainer), copy.copy(trainer.data)  # of the same network, with a plan of their own
+    if batch_size * updates > data.train_size:
+        raise WrongValue(f"{updates} updates of {batch_size:,} need more than {data.train_size:,} samples: give larger "
+                         "data")
+    data.train_size = batch_size * updates
+    short.data, short.state = data, State(EpochSums(trainer.device))
+    short.plan = Plan(fixed(batch_size, trainer.schedule.stages[0].lr, epochs=1), data.train_size)
+    if batch_size not in short.micro_batch.sizes: prepare(short)
+    short.train_epoch(lambda updates: None)
+    return data.train_size / short.state.sums.seconds[-1]
 
 # %% ../nbs/13_forecast.ipynb #c98b022b
 def _visits(trainer, batch_sizes, seconds):

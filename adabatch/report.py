@@ -32,12 +32,12 @@ def markdown(head: list, rows: list) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
-def spread(values, digits: int = 2) -> str:
-    "Mean ± standard deviation and n; of one value, the value."
+def spread(values, digits: int = 2, n: bool = True) -> str:
+    "Mean ± standard deviation and, if asked, n; of one value, the value."
     values = np.asarray(list(values), float)
     if not len(values): return "missing"
     deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{deviation} (n={len(values)})"
+    return f"{values.mean():.{digits}f}{deviation}" + (f" (n={len(values)})" if n else "")
 
 def links(evidence: Evidence, key: Key, start: str = "") -> str:
     "The records of an arm, a Markdown link a seed, relative to `start` (such as `outputs/`)."
@@ -66,7 +66,7 @@ def comparisons_table(evidence: Evidence) -> str:
     rows = []
     for c in comparisons(evidence):
         v, keys = compare(evidence, c), [c.key("small"), c.key("adaptive")]
-        errors = [spread(evidence.endpoints(key).values()).partition(" (")[0] for key in keys]
+        errors = [spread(evidence.endpoints(key).values(), n=False) for key in keys]
         updates = " → ".join(f"{_updates(evidence, key):,}" for key in keys)
         data = c.dataset + (f", {c.suffix[1:].replace('-', ' ')}" if c.suffix else "")
         rows.append((data, c.model, *errors, _difference(v), v.n, updates, word(v)))
@@ -79,7 +79,7 @@ def controls_table(evidence: Evidence) -> str:
     for name in CONTROLS:
         key, v = control_key(name), compare_control(evidence, name)
         if not evidence[key]: continue
-        error = spread(evidence.endpoints(key).values()).partition(" (")[0]
+        error = spread(evidence.endpoints(key).values(), n=False)
         rows.append((name, key[2], f"{_updates(evidence, key):,}", error, _difference(v), v.n, word(v)))
     head = ["control", "arm", "updates", "test error (%)", "minus AdaBatch (90 % intervals)", "n", "ends higher"]
     return markdown(head, rows)
@@ -93,8 +93,8 @@ def losses_table(evidence: Evidence) -> str:
         shown = f"{low:+.4f} to {high:+.4f}" if interval else "none"
         losses = [evidence.endpoints(c.key(role), "test_loss").values() for role in ("small", "adaptive")]
         means = [f"{np.mean(list(values)):.4f}" for values in losses]
-        word = "higher" if low > 0 else "lower" if high < 0 else "not decided"
-        rows.append((c.title, *means, f"{difference:+.4f}", shown, word))
+        verdict = "higher" if low > 0 else "lower" if high < 0 else "not decided"
+        rows.append((c.title, *means, f"{difference:+.4f}", shown, verdict))
     return markdown(["", "small batch", "AdaBatch", "difference", "paired 90 % interval", "AdaBatch's is"], rows)
 
 # %% ../nbs/12_report.ipynb #8f39a456
@@ -521,6 +521,7 @@ def _controls(evidence):
             "The best constant batch for as many updates has not been run yet.")
     return Finding(text, early.word == "holds" and not evidence[control_key("constant batch")])
 
+# %% ../nbs/12_report.ipynb #3953f401
 def stored(output_dir: str | Path, name: str) -> dict | None:
     "Numbers that a measuring notebook stored beside the records; None where they are absent or damaged."
     try: found = json.loads(Path(output_dir, name).read_text(encoding="utf-8"))

@@ -118,7 +118,7 @@ class Sweep:
             if self.executor == "papermill":
                 os.replace(run.path.with_suffix(".partial.ipynb"), run.path.with_suffix(".ipynb"))
             return record.load(run.path).summary()
-        if "written by another process" in output: return "left to the process that is making it"
+        if Busy.REASON in output: return "left to the process that is making it"
         if self.stopped: return "interrupted"
         self.failed.append(run.path)
         return "FAILED\n    " + "\n    ".join(output.strip().splitlines()[-12:])
