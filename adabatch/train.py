@@ -215,11 +215,11 @@ def _test_metrics(data):
     "Further test metrics: the top-5 error of images from folders."
     return {"test_error_top5": percent_outside_top5} if isinstance(data, Folder) and data.classes > 5 else {}
 
-def make_trainer(run: Run, data, dtype: torch.dtype = torch.float32) -> Trainer:
+def make_trainer(run: Run, data, dtype: torch.dtype | None = None) -> Trainer:
     "The network with its initial weights, the optimizer and the trainer of a run."
     e = run.experiment
     torch.manual_seed(e.seed)
-    model = get_model(e.model, data.classes).to(dtype)
+    model = get_model(e.model, data.classes).to(dtype or torch.get_default_dtype())
     optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay,
                                 fused=data.device.type == "cuda")
     return Trainer(model, optimizer, data, run.schedule, e.seed, e.drop_last, e.micro_batch, e.precision, e.compile,

@@ -48,7 +48,7 @@ def test_nodes_are_gone_when_the_process_that_made_them_is_killed(network, tmp_p
 FLOAT64 = "import sys, torch, adabatch.train\ntorch.set_default_dtype(torch.float64)\nsys.exit(adabatch.train.main())\n"
 OPTIONS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
 
-def test_a_training_goes_on_at_one_node_after_the_other_was_killed(network, tmp_path):
+def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(network, tmp_path):
     program, name = tmp_path / "float64.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
     program.write_text(FLOAT64)
     def start(nodes, folder):
@@ -71,9 +71,11 @@ def test_a_training_goes_on_at_one_node_after_the_other_was_killed(network, tmp_
     alone = tmp_path / "one" / name.format("", "pt")
     alone.parent.mkdir(parents=True)
     shutil.copy(checkpoint, alone)
+    with network.two_nodes() as nodes: assert [process.wait(240) for process in start(nodes, "cut")] == [0, 0]
     with network.two_nodes() as nodes: assert [process.wait(240) for process in start(nodes[:1], "one")] == [0]
-    one = record.load(alone.with_suffix(".npz"))
-    assert one.environment["restarts"] == 1 and one.processes[-1] == 1
+    two, one = (record.load(path.with_suffix(".npz")) for path in (checkpoint, alone))
+    assert record.differences(whole, two) == [] and two.environment["restarts"] == one.environment["restarts"] == 1
+    assert two.processes.tolist() == [2, 2] and one.processes[-1] == 1
     for measure in record.MEASURES: np.testing.assert_allclose(one.arrays[measure], whole.arrays[measure], rtol=1e-9)
 
 # --- the prediction
