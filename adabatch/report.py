@@ -312,7 +312,7 @@ def frontier(evidence: Evidence, c: Comparison) -> dict[str, Key]:
 
 def _label(ax, x, y, text, color, name):
     "The label of a point: where the neighbouring arms leave room."
-    places = {"small batch": ((0, 9), "right"), "AdaBatch": ((0, -15), "center")}
+    places = {"small batch": ((0, 9), "right"), "AdaBatch": ((0, -15), "center"), "constant batch": ((0, 24), "center")}
     offset, side = places.get(name, ((9, -4), "left"))
     ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha=side, color=color, fontsize=10)
 
