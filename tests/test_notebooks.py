@@ -17,7 +17,7 @@ def cell(source, *texts):
 
 @pytest.mark.parametrize("stored, now, found", [
     (cell("print(1)", "1\n"), cell("print(1)", "1\n"), None),
-    (cell("print(2)", "1\n"), cell("print(2)", "2\n"), "it gives '2\\n', but shows '1\\n'"),
+    (cell("print(2)", "1\n"), cell("print(2)", "2\n"), "it gives the line '2', but shows '1'"),
     (cell("print(1)"), cell("print(1)", "1\n"), "its output is not stored"),
     (cell("# Seconds of this machine", "1 s"), cell("# Seconds of this machine", "2 s"), None),
     (cell("# Seconds of this machine"), cell("# Seconds of this machine", "2 s"), "its output is not stored"),
