@@ -477,7 +477,8 @@ def _resume(loop, saved):
     if before != now:
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
-    if saved.get("plan", _updates(loop)) != _updates(loop):
+    updates = _updates(loop)
+    if saved.get("plan", updates) != updates:
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
     try:
         loop.model.load_state_dict(saved["model"])
