@@ -229,16 +229,19 @@ def _end_workers(loaders):
 # %% ../nbs/04_data.ipynb #c45b5a26
 AHEAD = 2  # chunks that a worker reads ahead
 
+def _cores():
+    "Of this process."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
 def read_ahead(
     workers: int | None,  # reading images for one process; None: by the number of cores
     image_bytes: int,
 ) -> tuple[int, int]:  # workers, and images in a chunk
     "Workers and chunk size for which everything read ahead fits into half of the shared memory. ValueError if none do."
     processes = launch_variable("LOCAL_WORLD_SIZE", 1)  # of this training on this machine
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 2**30
     images = shared // 2 // image_bytes // AHEAD // processes
-    if workers is None: workers = max(1, min(cores // processes, 16, images))
+    if workers is None: workers = max(1, min(_cores() // processes, 16, images))
     if workers > images:
         raise WrongValue(f"workers is {workers} for each of {processes} processes, but {shared >> 20} MiB in /dev/shm "
                          f"are enough for {images}: give fewer, or enlarge it (docker run --shm-size 1g)")
@@ -369,6 +372,19 @@ def _files(folder, split, classes):
         raise WrongValue(f"{root} holds {len(paths):,} of {CIFAR_SIZES[split]:,} images: unpack all of it")
     return list(zip(paths, labels))
 
+def _decoded(paths):
+    "The pixels of a few images, (n, 3, 32, 32) uint8. Or, returned, the ValueError of one that cannot be read."
+    try: return np.stack([_pixels(path) for path in paths])
+    except ValueError as error: return error
+
+def _decode(paths):
+    "The pixels of all images, decoded on all cores. ValueError naming one that cannot be read."
+    settings = dict(batch_size=500, collate_fn=_decoded, worker_init_fn=_ignore_signals)
+    parts = list(DataLoader(paths, num_workers=_cores() if _cores() > 1 else 0, **settings))
+    for part in parts:
+        if isinstance(part, ValueError): raise part
+    return np.concatenate(parts)
+
 def _fingerprint(files):
     "Changes whenever a file is added, removed or written."
     lines = (f"{p} {(s := os.stat(p)).st_size} {s.st_mtime_ns}" for split in files for p, _ in split)
@@ -382,7 +398,7 @@ def _cached(folder, classes):
         with np.load(cache) as f:
             if f["key"] == key: return [(f[f"images{k}"], f[f"labels{k}"]) for k in range(2)]
     except Exception: pass  # no cache, or a damaged one: decode
-    splits = [(np.stack([_pixels(p) for p, _ in split]), np.array([label for _, label in split])) for split in files]
+    splits = [(_decode([p for p, _ in split]), np.array([label for _, label in split])) for split in files]
     arrays = {f"{name}{k}": a for k, split in enumerate(splits) for name, a in zip(("images", "labels"), split)}
     try:
         with contextlib.suppress(Busy), lock(cache), atomic_write(cache) as f: np.savez(f, key=key, **arrays)

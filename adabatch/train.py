@@ -104,8 +104,9 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 def origin(device: torch.device) -> dict:
-    "The current device and commit: both may change before a run ends."
-    return dict(device=device_name(device), commit=commit())
+    "The current device, said to be shared if ADABATCH_SHARED is set, and commit: both may change before a run ends."
+    shared = ", shared" if os.environ.get("ADABATCH_SHARED") else ""
+    return dict(device=device_name(device) + shared, commit=commit())
 
 def environment(trainer: Trainer) -> dict:
     "What a run was made on and with: all devices and commits, if it was resumed on others."

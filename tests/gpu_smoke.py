@@ -1,40 +1,29 @@
-"""What only a GPU can show, tried in a few minutes: python tests/gpu_smoke.py [--minutes 9] [--device cuda].
+"""What only a GPU can show, beside `python -m adabatch.gpu`: python tests/gpu_smoke.py [STEP ...] [--device cuda].
 
-Every step rests on those before: the environment; ten updates in which a wait for the device is an error; the check in
-each precision; the clock; memory; interruption; throughput, and from it the runs that fit into the minutes; two
-processes on one GPU; last, the compiler. A step that fails is named, and the next one begins. With --rehearse the same
-steps run on whatever device there is, with small batches.
+Ten updates in which a wait for the device is an error; the clock; memory; two processes on one GPU; interruption. A
+step that fails is named, and the next one begins.
 """
-import argparse, contextlib, functools, math, os, platform, signal, subprocess, sys, tempfile, time
+import argparse, contextlib, functools, signal, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from adabatch import record
+from adabatch import record, trainer as engine
 from adabatch.data import load_data
-from adabatch.device import PRECISIONS, Interrupted, best_device, check_device, device_settings, synchronize
-from adabatch.experiment import NETWORKS, Experiment, Run, exit_code, recipe, resolve
-from adabatch.gpu import (
-    Question, by_priority, change, compile_question, distance, exact_questions, precision_question, short)
-from adabatch.train import commit, device_name, environment, make_trainer
+from adabatch.device import Interrupted, best_device, check_device, device_settings, synchronize
+from adabatch.experiment import Experiment, exit_code, resolve
+from adabatch.gpu import Question, made
+from adabatch.train import environment, make_trainer
 from adabatch.trainer import Trainer, prepare
-
-def _describe(device):
-    "What the machine is."
-    where = torch.device(device)
-    memory = f", {torch.cuda.get_device_properties(where).total_memory / 2**30:.0f} GiB" if where.type == "cuda" else ""
-    return (f"{device_name(where)}{memory}, {os.cpu_count()} cores, torch {torch.__version__}, "
-            f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
-            f"python {platform.python_version()}, commit {commit()}")
 
 @functools.cache
 def _noise(device): return load_data("fake", device=device)
 
-def _one_stage(model, device, batch_size, updates, precision="fp32"):
+def _one_stage(model, device, batch_size, updates, **settings):
     "A trainer of one epoch with `updates` updates on random images."
-    e = Experiment(model, "fake", "fixed", batch_size, epochs=1, every=1, device=device, precision=precision)
+    e = Experiment(model, "fake", "fixed", batch_size, epochs=1, every=1, device=device, **settings)
     data = _noise(device)
     if batch_size * updates > len(data.labels): raise ValueError(f"the noise is {data.train_size:,} samples")
     data.train_size, data.test_size = batch_size * updates, 50  # shared by all steps
@@ -49,9 +38,9 @@ def _epoch_seconds(trainer) -> tuple[float, list[float]]:
         synchronize(trainer.device)
         return time.perf_counter() - begin, trainer.state.sums.seconds
 
-def ten_updates(device: str) -> str:
+def ten_updates(device: str, graphs: bool = False) -> str:
     "Ten updates in which any host synchronisation raises RuntimeError."
-    trainer = _one_stage("resnet20", device, 64, 10)
+    trainer = _one_stage("resnet20", device, 64, 10, compile=graphs)
     strict = trainer.device.type == "cuda"
     def watch(on):
         if strict: torch.cuda.set_sync_debug_mode("error" if on else "default")
@@ -67,7 +56,7 @@ def ten_updates(device: str) -> str:
 
 def clock_agrees(device: str) -> str:
     "Does the trainer's clock agree with a synchronised one? RuntimeError if they differ by 5 %."
-    whole, (*phases, own) = _epoch_seconds(_one_stage("alexnet", device, 64, 20))
+    whole, (*phases, own) = _epoch_seconds(_one_stage("alexnet", device, 64, 80))
     found = f"synchronised {whole:.3f} s, the trainer's {own:.3f} s, its phases {sum(phases):.3f} s"
     if abs(own / whole - 1) > 0.05 or abs(sum(phases) / whole - 1) > 0.05: raise RuntimeError(found)
     return found
@@ -135,66 +124,21 @@ def interrupted_command(device: str) -> str:
     if cut.environment["restarts"] != 1 or not same: raise RuntimeError(found)
     return found
 
-def throughput(device: str, precision: str, rehearse: bool) -> dict[tuple[str, int], float]:
-    "Seconds per training sample of (network, batch size), at both ends of the paper's batch sizes."
-    found = {}
-    for model in NETWORKS:
-        values = recipe(model, "cifar10", "adabatch")
-        for size in (values["batch_size"], values["max_batch_size"]):
-            measured, updates = (max(2, size // 128), 2) if rehearse else (size, max(1, 5120 // size))
-            trainer = _one_stage(model, device, measured, updates, precision)
-            _epoch_seconds(trainer)
-            trainer.state.update = 0  # again, warm
-            found[model, size] = _epoch_seconds(trainer)[0] / (measured * updates)
-    return found
-
-def seconds_of(run: Run, seconds_per_sample: dict[tuple[str, int], float]) -> float:
-    "How long a run will take; testing a sample costs a third of training on it."
-    e, total = run.experiment, 0.0
-    (low, slow), (high, fast) = sorted((size, s) for (model, size), s in seconds_per_sample.items() if model == e.model)
-    for epoch in range(run.schedule.epochs):
-        size = min(run.schedule.at(epoch).batch_size, e.micro_batch or math.inf)
-        share = min(1.0, max(0.0, math.log(size / low) / math.log(high / low)))
-        total += (50_000 + 10_000 / 3) * (slow + share * (fast - slow))
-    return total
-
-def that_fit(runs: list[Run], seconds: float, seconds_per_sample: dict[tuple[str, int], float]) -> list[Run]:
-    "The runs, in order, that fit into the time."
-    chosen = []
-    for run in runs:
-        needed = seconds_of(run, seconds_per_sample)
-        if needed <= seconds:
-            chosen.append(run)
-            seconds -= needed
-    return chosen
-
-def fit_report(device: str, minutes: float, rehearse: bool) -> str:
-    "Measure the networks in each precision, and list the runs that fit into the time."
-    lines = []
-    for precision in PRECISIONS:
-        if precision == "bf16" and rehearse: continue  # few CPUs support it natively
-        rates = throughput(device, precision, rehearse)
-        lines += [f"{precision} {model} batch {size}: {1 / s:,.0f} samples/s" for (model, size), s in rates.items()]
-        runs = that_fit(by_priority(device="cpu"), 60 * minutes, rates)
-        lines.append(f"{precision}: {len(runs)} runs fit into {minutes:g} minutes")
-        lines += [f"  {run.path.as_posix()}" for run in runs]
-    return "\n    ".join(lines)
-
 def _process_of_two(rank, folder, device):
     "One of two processes, which exchange gradients by gloo and may share a GPU."
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    changed = change(short(device, torch.float64, processes=1))
+    changed = made(device, dtype=torch.float64, processes=1)
     if rank == 0: torch.save(changed, f"{folder}/change.pt")
     dist.destroy_process_group()
 
 def two_processes(device: str) -> Question:
     "Do two processes on one device make the same training as one?"
-    def made():
+    def by_two(seed):
         with tempfile.TemporaryDirectory() as tmp:
             torch.multiprocessing.spawn(_process_of_two, (tmp, device), nprocs=2)
             return torch.load(f"{tmp}/change.pt")
-    return Question("two processes on one device against one, float64", made,
-                    lambda: change(short(device, torch.float64)), distance, 1e-7)
+    return Question("two processes on one device against one, in float64", by_two,
+                    lambda seed: made(device, dtype=torch.float64), 1e-7)
 
 def _try(name, step):
     "Run a step of the smoke test, and print its result and time. True unless it raised."
@@ -205,28 +149,26 @@ def _try(name, step):
     print(f"{'ok ' if good else 'BAD'} {name} [{time.monotonic() - begin:.0f} s] {found}", flush=True)
     return good
 
-def smoke(device: str, minutes: float, rehearse: bool = False) -> bool:
-    "Check what only a GPU can show. True if nothing failed."
-    precisions = PRECISIONS[:2] if rehearse else PRECISIONS
-    steps = [("environment", lambda: _describe(device)), ("ten updates", lambda: ten_updates(device)),
-             ("exact", lambda: not [q for q in exact_questions(device) if not q.ask()]),
-             ("precisions", lambda: not [p for p in precisions if not precision_question(device, p).ask()]),
-             ("clock", lambda: clock_agrees(device)), ("memory", lambda: memory_limit(device)),
-             *((f"SIGTERM on {d}", lambda d=d: interrupted_command(d)) for d in dict.fromkeys((device, "cpu"))),
-             ("throughput", lambda: fit_report(device, minutes, rehearse)),
-             ("two processes", two_processes(device).ask),
-             ("compile", compile_question(device, "fp32").ask)]
-    return not [name for name, step in steps if not _try(name, step)]
+def steps(device: str) -> dict:
+    "What is tried, by name."
+    return {"ten updates": lambda: ten_updates(device), "ten by graphs": lambda: ten_updates(device, True),
+            "clock": lambda: clock_agrees(device), "memory": lambda: memory_limit(device),
+            "two processes": two_processes(device).ask,
+            **{f"SIGTERM on {d}": lambda d=d: interrupted_command(d) for d in dict.fromkeys((device, "cpu"))}}
+
+def smoke(device: str, names: list[str]) -> bool:
+    "Try the steps of these names; all, without names. True if nothing failed."
+    return not [name for name, step in steps(device).items() if name in (names or [name]) and not _try(name, step)]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9, help="that the runs are to fit into (default: 9)")
+    parser.add_argument("names", nargs="*", help="of the steps; default: all")
     parser.add_argument("--device", default=best_device())
-    parser.add_argument("--rehearse", action="store_true", help="in small, on whatever device there is")
     options = parser.parse_args()
     def command():
         check_device(options.device)
-        return 0 if smoke(**vars(options)) else 1
+        engine.GRAPHED = ("cuda", options.device)  # elsewhere, recorded passes are called again
+        return 0 if smoke(options.device, options.names) else 1
     return exit_code(command)
 
 if __name__ == "__main__": sys.exit(main())

@@ -1,4 +1,4 @@
-import contextlib, copy, json, os, signal, time
+import contextlib, copy, json, os, signal, time, weakref
 
 import pytest
 import torch
@@ -320,6 +320,76 @@ def synchronised(folder):
         assert exchanges.count(0) == 2, exchanges
 
 def test_only_the_last_piece_of_an_update_exchanges_gradients(tmp_path): together(2, synchronised, str(tmp_path))
+
+# --- recorded passes: on a CPU they are called again
+
+@pytest.fixture
+def graphed(monkeypatch): monkeypatch.setattr(engine, "GRAPHED", ("cpu",))
+
+def resnet(compile, **settings):
+    "Growth from 20 to 40 of 110 images, with a network that has batch normalisation."
+    torch.manual_seed(0)
+    data = load_data("digits")
+    data.train_size, data.test_size = 110, 20
+    schedule = adabatch(20, 40, lr=0.02, every=1, epochs=2)
+    return trainer(schedule, get_model("resnet20"), data=data, compile=compile, **settings)
+
+@pytest.mark.parametrize("settings", [
+    {}, {"micro_batch": 7}, {"drop_last": False}, {"micro_batch": 7, "drop_last": False}], ids=str)
+def test_recorded_passes_train_as_others_do(graphed, settings):
+    plain, recorded = (resnet(compile, **settings) for compile in (False, True))
+    rows = [losses_of(t) for t in (plain, recorded)]
+    assert rows[0] == rows[1] and isinstance(recorded.step, engine.GraphedStep) and len(recorded.step.passes) > 1
+    pairs = zip(plain.model.state_dict().values(), recorded.model.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+def test_no_shape_is_met_that_was_not_recorded(graphed, monkeypatch):
+    t = resnet(True, micro_batch=7, drop_last=False)
+    forward, eager = t.step.forward, []
+    monkeypatch.setattr(t.step, "forward", lambda *a: (forward(*a), eager.append(t.step.now is None))[0])
+    t.fit()
+    assert eager and not any(eager)
+
+def test_recorded_passes_are_resumed(graphed, tmp_path):
+    def stop(epoch, update, updates):
+        if (epoch, update) == (1, 1): signal.raise_signal(signal.SIGTERM)
+    whole = resnet(True)
+    whole.fit()
+    with contextlib.suppress(Interrupted): resnet(True).fit(tmp_path / "run.pt", on_update=stop)
+    rest = resnet(True)
+    rest.fit(tmp_path / "run.pt")
+    pairs = zip(whole.model.state_dict().values(), rest.model.state_dict().values())
+    assert rest.state.restarts == 1 and all(torch.equal(a, b) for a, b in pairs)
+
+def test_recording_and_trying_leave_no_trace_and_gradients_keep_their_memory(graphed):
+    t = resnet(True)
+    t.micro_batch.tries_memory = True  # as on a GPU: sizes are tried before they are recorded
+    before = [v.clone() for v in t.model.state_dict().values()]
+    engine.prepare(t)
+    assert all(torch.equal(a, b) for a, b in zip(before, t.model.state_dict().values()))
+    assert not any(p.grad.any() for p in t.model.parameters())
+    places = [p.grad.data_ptr() for p in t.model.parameters()]
+    t.fit()
+    assert places == [p.grad.data_ptr() for p in t.model.parameters()]
+
+def test_a_parameter_without_a_gradient_gets_none_from_recording(graphed):
+    class Idle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.idle = small(), torch.nn.Linear(3, 3)
+        def forward(self, x): return self.net(x)
+    once = fixed(16, lr=0.02, epochs=1)
+    plain, recorded = (trainer(once, Idle(), data=Watched(64), compile=compile) for compile in (False, True))
+    for t in (plain, recorded): t.fit()
+    assert recorded.model.idle.weight.grad is None and torch.equal(weights(plain.model), weights(recorded.model))
+
+def test_an_earlier_trainings_recordings_are_freed_by_the_next(graphed):
+    old = resnet(True)
+    old.fit()
+    kept = weakref.ref(old.step.graphs)
+    del old
+    resnet(True)
+    assert kept() is None
 
 # --- compiled
 
