@@ -89,8 +89,9 @@ def _git(*command):
     return found.stdout.strip()
 
 def commit() -> str:
-    "The commit of the code, from git or the environment variable ADABATCH_COMMIT."
-    if not _git("ls-files", "train.py"): return os.environ.get("ADABATCH_COMMIT", "unknown")
+    "The commit of the code, from the environment variable ADABATCH_COMMIT or git."
+    if said := os.environ.get("ADABATCH_COMMIT"): return said
+    if not _git("ls-files", "train.py"): return "unknown"
     changes = " with changes" if _git("status", "--porcelain", "--", ".") else ""
     return (_git("rev-parse", "HEAD") or "unknown") + changes
 
@@ -104,9 +105,8 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 def origin(device: torch.device) -> dict:
-    "The current device, said to be shared if ADABATCH_SHARED is set, and commit: both may change before a run ends."
-    shared = ", shared" if os.environ.get("ADABATCH_SHARED") else ""
-    return dict(device=device_name(device) + shared, commit=commit())
+    "The current device and commit: both may change before a run ends."
+    return dict(device=device_name(device), commit=commit())
 
 def environment(trainer: Trainer) -> dict:
     "What a run was made on and with: all devices and commits, if it was resumed on others."

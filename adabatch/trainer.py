@@ -205,12 +205,13 @@ class Passes:
     "Forward and backward pass over batches of one shape, recorded."
     def __init__(self, step: "GraphedStep", x: torch.Tensor, y: torch.Tensor):
         self.step, self.x, self.y = step, x.clone(), y.clone()
-        self.factor = torch.ones_like(step.forward_eager(step.net, x, y)[0].detach())
+        self.factor = torch.ones((), dtype=torch.float64, device=x.device)
         self.forward, self.backward = step.graphs.record(self._forward, self._backward)
+        self.loss = self.loss.detach()  # what computed it would tie later passes to the stream of the recording
 
     def _forward(self): self.loss, self.metric = self.step.forward_eager(self.step.net, self.x, self.y)
 
-    def _backward(self): self.loss.backward(self.factor)
+    def _backward(self): (self.loss * self.factor).backward()
 
 class GraphedStep(Step):
     "A `Step` of one process that repeats recorded passes: two launches for each micro-batch."
