@@ -218,7 +218,7 @@ def _epochs(text):
 
 def resolve(
     experiment: Experiment,
-    here: bool = True,  # check that this machine can run it; False if another one will
+    here: bool = True,  # check that this machine can make its record; False if another one will
 ) -> Run:
     "Fill in the recipe's values and check everything. One-line TypeError or ValueError."
     for name in FIELDS: _check_type(name, getattr(experiment, name))
@@ -236,10 +236,10 @@ def resolve(
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
-    if here: _check_here(e)
     schedule = make_schedule(e)
     if e.max_batch_size: e = replace(e, max_batch_size=schedule.stages[-1].batch_size)  # named by what it reaches
     run = Run(e, schedule)
+    if here and (e.overwrite or not run.path.exists()): _check_here(e)  # a record can be loaded anywhere
     if len(run.path.stem) <= 255 - len(".weights.pt.partial"): return run  # its longest suffix
     raise WrongValue(f"the settings make a file name of {len(run.path.name)} characters: give fewer milestones")
 

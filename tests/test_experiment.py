@@ -112,6 +112,15 @@ def test_a_checkpoint_older_than_its_record_is_removed(tmp_path, quick):
     run(e)
     assert not resolve(e).path.with_suffix(".pt").exists()
 
+def test_a_record_of_a_device_that_is_not_here_is_loaded(tmp_path, quick):
+    e = Experiment(output_dir=str(tmp_path), precision="tf32", compile=True, **SHORT)
+    with pytest.raises(ValueError, match="tf32 is a precision of NVIDIA GPUs"): run(e)
+    made = run(replace(e, precision="fp32", compile=False))
+    record.save(resolve(e, here=False).path, [dict(zip(made.arrays, row)) for row in zip(*made.arrays.values())],
+                made.config | dict(precision="tf32"), made.environment, "complete")
+    assert run(e).config["precision"] == "tf32"
+    with pytest.raises(ValueError, match="tf32 is a precision of NVIDIA GPUs"): run(replace(e, overwrite=True))
+
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
     monkeypatch.setattr(train, "HERE", Path("/"))
     monkeypatch.setenv("ADABATCH_COMMIT", "0123abc")
