@@ -51,7 +51,7 @@ class Experiment:
     processes: int | None = _option(None, "processes to train with, one a GPU; default: 1, or as torchrun says")
     precision: str | None = _option(None, "fp32, tf32 (CUDA) or bf16 (autocast)")
     seed: int = _option(0, "of initial weights, order and augmentation")
-    compile: bool = _option(False, "run the network through torch.compile")
+    compile: bool = _option(False, "as CUDA graphs on one GPU, else by torch.compile")
     device: str | None = _option(None, "cpu, cuda, cuda:<n> or mps; default: the fastest there is")
     workers: int | None = _option(None, "processes that read a folder's images, for each process; default: by cores")
     data_dir: str = _option("data", "folder of the data sets")
