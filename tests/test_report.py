@@ -1,6 +1,7 @@
 import json, re
 from pathlib import Path
 
+import pytest
 from test_analysis import make
 
 from adabatch import report
@@ -62,6 +63,14 @@ def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
         (tmp_path / "benchmark.json").write_text(text)
         answers = report.answers(collect(tmp_path), tmp_path)
         assert ("cpu (made up): alexnet 1.03)" in answers) == said
+
+@pytest.mark.parametrize("thin, thick, rounds, said", [
+    (2.2, 1.4, 3, True), (2.2, 1.4, 2, False), (1.3, 1.4, 3, False), (2.2, 0.9, 3, False)])
+def test_two_nodes_are_spoken_of_where_all_rounds_agree(tmp_path, thin, thick, rounds, said):
+    make(tmp_path), make(tmp_path, schedule="adabatch")
+    gains = [dict(network="alexnet", rate=rate, seen=[gain] * rounds) for rate, gain in ((100, thin), (1000, thick))]
+    (tmp_path / "network.json").write_text(json.dumps(dict(gains=gains)))
+    assert ("Between two nodes" in report.answers(collect(tmp_path), tmp_path)) == said
 
 def test_epochs_that_both_arms_share_are_counted(tmp_path):
     make(tmp_path)
