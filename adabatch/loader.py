@@ -208,14 +208,6 @@ class _Progress:
                       "step it once after each batch, and when resuming, set plan.start before making it")
         self.done = min(done, self.updates)
 
-    def check_processes(self, rank, world_size):
-        "Are the processes of torch.distributed those that the plan was told of?"
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-        found = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        if found == (rank, world_size): return
-        self.warn("processes", f"torch.distributed has rank {found[0]} of {found[1]} here, but the plan rank {rank} of "
-                  f"{world_size}: give Plan rank and world_size, and do not let a framework shard its loader again")
-
 # %% ../nbs/01_loader.ipynb #51e0c0a3
 class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     "The planned learning rates. Every step counts an update."
@@ -275,6 +267,15 @@ class _Pass:
         plan._progress.warn("epoch", f"the loader goes on in epoch {plan.at(self.update).epoch}, not {plan._epoch}: "
                             f"set plan.start = {self.update}, too, before plan.by_epoch()")
 
+def _check_processes(plan):
+    "Are the processes of torch.distributed those that the plan was told of?"
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    found = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if found == (plan.rank, plan.world_size): return
+    plan._progress.warn("processes", f"torch.distributed has rank {found[0]} of {found[1]} here, but the plan rank "
+                        f"{plan.rank} of {plan.world_size}: give Plan rank and world_size, and do not let a framework "
+                        "shard its loader again")
+
 def _by_epoch(plan: "Plan") -> Iterator[int]:
     "Yields the epochs from `start` on; in each turn, iterating gives the updates of that epoch alone."
     try:
@@ -330,7 +331,7 @@ def _accumulate(plan: "Plan", stream: Iterable) -> Iterator[tuple[Part, object]]
 
     `stream` is any iterable of micro-batches of the plan's size, such as a `DataLoader`, this process's own."""
     if plan.micro_batch is None: raise WrongValue("the plan does not know the micro-batch: give Plan micro_batch")
-    plan._progress.check_processes(plan.rank, plan.world_size)
+    _check_processes(plan)
     if plan._epoch is None: plan._progress.begin_pass()
     return _parts(plan, iter(stream))
 
@@ -390,7 +391,7 @@ class Plan:
     def start(self, update): self._progress.begin(update)
     def __len__(self) -> int: return _end(self) - self._progress.first
     def __iter__(self) -> Iterator[list[int]]:
-        self._progress.check_processes(self.rank, self.world_size)
+        _check_processes(self)
         if self._epoch is None: self._progress.begin_pass()
         return _Pass(self)
 
