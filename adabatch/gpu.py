@@ -278,7 +278,7 @@ def arms(dataset: str, ways: dict[str, Way], graphs: bool = True, **settings) ->
     pairs = [e for network in three for e in network[:2]]
     short = dict(epochs=5, every=1)
     runs += [made(e, seed=seed, compile=compile, **short)
-             for e in pairs[:2] for seed in range(2) for compile in (False, True)[:1 + graphs]]
+             for seed in range(2) for compile in (False, True)[:1 + graphs] for e in pairs[:2]]
     runs += [made(e, seed=seed) for seed in range(1, 4) for e in pairs]
     rest = [e for e in GRIDS["paper"] if e.dataset == dataset and (e.micro_batch or e.warmup_epochs)]
     return list(dict.fromkeys(runs + [made(e, processes=None) for e in rest]))
@@ -328,13 +328,15 @@ def run_until(
     "Make the runs, one after the other, that can end before the deadline."
     there = 0
     for run in runs:
-        left, seconds = deadline - time.monotonic(), needed(run) or 0.0
+        left, seconds = deadline - time.monotonic(), needed(run) or 0.0  # unknown: it is tried
         if left <= seconds:
             say(f"{run.path.as_posix()}: left out, it takes {seconds:.0f} s and there are {max(left, 0):.0f}")
             continue
         try: there += _make(run, data[run.experiment.dataset], left)
-        except (Interrupted, KeyboardInterrupt): say(f"{run.path.as_posix()}: the time is up")
-        after_run()
+        except (Interrupted, KeyboardInterrupt):
+            if time.monotonic() < deadline: raise  # somebody's request
+            say(f"{run.path.as_posix()}: the time is up")
+        finally: after_run()
     return there
 
 # %% ../nbs/14_gpu.ipynb #7b3fa4e8
@@ -349,8 +351,9 @@ def describe(device: str) -> dict:
     "What the machine is."
     where = torch.device(device)
     memory = torch.cuda.get_device_properties(where).total_memory if where.type == "cuda" else None
-    return dict(device=device_name(where), memory=memory, cores=os.cpu_count(), torch=torch.__version__,
-                cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version(), python=platform.python_version(),
+    host = device_name(torch.device("cpu"))
+    return dict(device=device_name(where), memory=memory, host=host, torch=torch.__version__, cuda=torch.version.cuda,
+                cudnn=torch.backends.cudnn.version(), python=platform.python_version(),
                 commit=commit(), layout="channels_last (NHWC)", clocks=_clocks())
 
 @dataclass(frozen=True)
@@ -371,8 +374,8 @@ WHOLE = Scale()
 SMALL = Scale(asked=64, precisions=("fp32",), seeds=1, graphed=ASKED, networks=ASKED, shrink=64, samples=64,
               ways=(Way(), Way(layout="NCHW"), Way(compile=True)), seconds=0.1, updates=2)
 
-def check(device: str, scale: Scale, keep: Callable) -> dict:
-    "Questions, then rates; `keep` is called with what there is after each step."
+def check(device: str, scale: Scale, deadline: float, keep: Callable) -> dict:
+    "Questions, then rates until the deadline; `keep` is called with what there is after each step."
     found = dict(machine=describe(device), rates=[])
     say(json.dumps(found["machine"]))
     asked = exact_questions(device, scale.asked)
@@ -388,10 +391,11 @@ def check(device: str, scale: Scale, keep: Callable) -> dict:
     for model in scale.networks:
         sizes = tuple(size // scale.shrink for size in _sizes(model))
         for way in scale.ways:
-            if way.compile and not found["graphs"].get(model, True): continue
+            if way.compile and not found["graphs"].get(model, True) or time.monotonic() > deadline: continue
             measured = partial(rates_of, model, device, way, data, sizes, scale.seconds)
             found["rates"] += attempt(f"{model}, {way}", 60, measured, _describe_rates) or []
             keep(found)
+    if time.monotonic() > deadline: return found
     compared = partial(original_rates, device, scale.updates, 128 // scale.shrink)
     found["original"] = attempt("ResNet-20 in the original's way", 90, compared) or []
     keep(found)
@@ -404,6 +408,13 @@ def _miniature(run, scale):
     return resolve(replace(e, batch_size=size, max_batch_size=last, epochs=2, every=1), here=False)
 
 # %% ../nbs/14_gpu.ipynb #d3059f6d
+def _checked(path, device):
+    "What `--part check` has found on this device."
+    if not path.exists(): raise WrongValue(f"{path} is not there: it is written by --part check")
+    found, name = json.loads(path.read_text(encoding="utf-8")), device_name(torch.device(device))
+    if found["machine"]["device"] == name: return found
+    raise WrongValue(f"{path} is of {found['machine']['device']}, not of {name}: give --part check first")
+
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m adabatch.gpu`."
     parser = argparse.ArgumentParser(
@@ -423,10 +434,12 @@ def _command(minutes, part, dataset, archive, rehearse, device, data_dir, output
     "Check and runs, or one of the two."
     deadline = time.monotonic() + 60 * minutes - process_seconds()
     if not rehearse and best_device() != "cuda":
-        raise WrongValue("no GPU available: use --rehearse to try the command")
+        raise WrongValue("no GPU available: give --rehearse and an --output_dir to try the command")
     if not 0 <= minutes <= 10_000: raise WrongValue(f"minutes must be from 0 to 10,000, not {minutes}")
     if part: choose("part", part, ("check", "runs"))
     if dataset: choose("dataset", dataset, ("cifar10", "cifar100"))
+    if rehearse and output_dir == FIELDS["output_dir"].default:
+        raise WrongValue("a rehearsal is no evidence: give it another output_dir")
     device, path, scale = device or best_device(), Path(output_dir, "gpu.json"), SMALL if rehearse else WHOLE
     check_device(device)
     if rehearse: engine.GRAPHED = ("cuda", device)
@@ -439,9 +452,8 @@ def _command(minutes, part, dataset, archive, rehearse, device, data_dir, output
     def keep(found):
         with atomic_write(path) as f: f.write(json.dumps(found, indent=1).encode())
         pack(output_dir, archive)
-    if part != "runs": found = check(device, scale, keep)
-    elif path.exists(): found = json.loads(path.read_text(encoding="utf-8"))
-    else: raise WrongValue(f"{path} is not there: it is written by --part check")
+    if part != "runs": found = check(device, scale, deadline, keep)
+    else: found = _checked(path, device)
     if not found["correct"]:
         say("the device computes something else: nothing is trained")
         return 1
@@ -452,7 +464,7 @@ def _train(found, scale, data, deadline, keep, **settings):
     "The runs, in the ways that the rates choose."
     ways = {model: choose_way(found["rates"], model, found["graphs"].get(model, False)) for model in WORTH}
     say(", ".join(f"{model} {way}" for model, way in ways.items()))
-    graphs = all(found["graphs"].values())
+    graphs = found["graphs"].get(WORTH[0], False)
     runs = [run for name in data for run in arms(name, ways, graphs, save_weights=False, **settings)]
     runs = [run for run in runs if run.experiment.model in scale.networks]
     if scale is SMALL: runs = list(dict.fromkeys(_miniature(run, scale) for run in runs))[:8]

@@ -213,6 +213,8 @@ class Passes:
 
     def _backward(self): (self.loss * self.factor).backward()
 
+def _kind(x, y): return x.shape, x.dtype, y.shape, y.dtype
+
 class GraphedStep(Step):
     "A `Step` of one process that repeats recorded passes: two launches for each micro-batch."
     def __init__(self, *settings):
@@ -221,10 +223,10 @@ class GraphedStep(Step):
         self.graphs, self.passes, self.now = Graphs(self.device), {}, None
 
     def make_graph(self, x, y):
-        with no_trace(self): self.passes[x.shape] = Passes(self, x, y)
+        with no_trace(self): self.passes[_kind(x, y)] = Passes(self, x, y)
 
     def forward(self, net, x, y):
-        self.now = self.passes.get(x.shape)  # None: a shape that is only tried
+        self.now = self.passes.get(_kind(x, y))  # None: of another kind, or only tried
         if self.now is None: return self.forward_eager(net, x, y)
         self.now.x.copy_(x)
         self.now.y.copy_(y)

@@ -35,7 +35,8 @@ def rehearsal(options, tmp_path, monkeypatch, quick):
 
 def answered(tmp_path, **found):
     (tmp_path / "out").mkdir(exist_ok=True)
-    (tmp_path / "out/gpu.json").write_text(json.dumps(dict(rates=[], graphs={}, correct=True) | found))
+    machine = dict(device=train.device_name(torch.device("cpu")))
+    (tmp_path / "out/gpu.json").write_text(json.dumps(dict(machine=machine, rates=[], graphs={}, correct=True) | found))
 
 def names(archive): return [n for n in tarfile.open(archive).getnames() if n.endswith(".npz")]
 
@@ -105,6 +106,26 @@ def test_nothing_is_trained_where_a_question_of_the_gate_is_answered_badly(tmp_p
 
 def test_the_second_part_wants_the_first(options, capsys):
     assert gpu.main([*options, "--part", "runs"]) == 2 and "it is written by --part check" in capsys.readouterr().err
+
+def test_the_second_part_wants_it_of_this_machine(tmp_path, options, capsys):
+    answered(tmp_path, machine=dict(device="another"))
+    assert gpu.main([*options, "--part", "runs"]) == 2
+    assert "gpu.json is of another, not of cpu (" in capsys.readouterr().err
+
+def test_a_rehearsal_does_not_write_over_evidence(capsys):
+    assert gpu.main(["--rehearse"]) == 2 and "a rehearsal is no evidence" in capsys.readouterr().err
+
+def test_a_check_that_is_late_leaves_out_the_rates(monkeypatch, capsys):
+    monkeypatch.setattr(gpu.Question, "ask", lambda question: True)
+    monkeypatch.setattr(gpu, "rates_of", lambda *a: pytest.fail("was measured"))
+    monkeypatch.setattr(gpu, "original_rates", lambda *a: pytest.fail("was measured"))
+    found = gpu.check("cpu", gpu.SMALL, time.monotonic() - 1, lambda found: None)
+    assert found["correct"] and found["rates"] == []
+
+def test_who_interrupts_it_ends_it(monkeypatch, rehearsal):
+    def interrupted(run, data): raise KeyboardInterrupt
+    monkeypatch.setattr(gpu, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt): gpu.main([*rehearsal, "--minutes", "5"])
 
 def test_a_step_that_fails_or_is_late_is_a_line(capsys):
     assert gpu.attempt("late", 0.05, lambda: time.sleep(5)) is None

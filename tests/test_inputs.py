@@ -240,7 +240,7 @@ def test_a_number_of_processes_without_torchrun(refused, monkeypatch):
 ])
 def test_no_minute_of_a_gpu_is_lost_to_a_typing_error(options, line, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "check", lambda *a: pytest.fail("was begun"))
-    assert gpu.main(["--rehearse", *options]) == 2 and line in capsys.readouterr().err
+    assert gpu.main(["--rehearse", "--output_dir=none", *options]) == 2 and line in capsys.readouterr().err
 
 def test_a_launcher_and_its_environment_that_disagree(refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "two")

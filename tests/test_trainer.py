@@ -350,6 +350,15 @@ def test_no_shape_is_met_that_was_not_recorded(graphed, monkeypatch):
     t.fit()
     assert eager and not any(eager)
 
+def test_a_batch_of_another_kind_is_not_cast_to_the_recorded(graphed):
+    t = resnet(True)
+    engine.prepare(t)
+    x, y = t.micro_batch.sample(20)
+    for kind, recorded in (((x, y), True), ((x.double(), y), False)):
+        t.step.forward(t.step.net, *kind)
+        assert (t.step.now is not None) == recorded
+    assert engine._kind(x, y.int()) not in t.step.passes and engine._kind(x, y[:, None]) not in t.step.passes
+
 def test_recorded_passes_are_resumed(graphed, tmp_path):
     def stop(epoch, update, updates):
         if (epoch, update) == (1, 1): signal.raise_signal(signal.SIGTERM)
