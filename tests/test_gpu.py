@@ -20,14 +20,14 @@ class Slow(Trainer):
 def as_before(monkeypatch): monkeypatch.setattr(engine, "GRAPHED", engine.GRAPHED)  # a rehearsal changes it
 
 @pytest.fixture
-def options(tmp_path):
+def options(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "process_seconds", lambda: 0)  # that of the tests is long past
     return ["--rehearse", *flags(device="cpu", output_dir=tmp_path / "out", archive=tmp_path / "all.tar")]
 
 @pytest.fixture
 def rehearsal(options, tmp_path, monkeypatch, quick):
     "Options of a rehearsal of four runs, checked already, in a process that has just begun."
     whole = gpu.arms
-    monkeypatch.setattr(gpu, "process_seconds", lambda: 0)
     monkeypatch.setattr(gpu, "load_data", gpu._load)  # which keeps what it loaded
     monkeypatch.setattr(gpu, "arms", lambda *a, **settings: whole(*a, **settings)[:3] + whole(*a, **settings)[6:7])
     answered(tmp_path)
