@@ -621,7 +621,7 @@ def _network(output_dir):
     text = ("**Between two nodes it saves more, the thinner the wire**: with a core each, AlexNet is trained along the "
             f"growing batch {shown[1000]} times as fast as with the small one at 1 Gbit/s and {shown[100]} times at "
             f"100 Mbit/s (median and range of {len(gains[100])} rounds): it exchanges gradients 2.6 times less often.")
-    clear = min(gains[1000]) > 1 and min(gains[100]) > max(gains[1000]) and min(map(len, gains.values())) >= 3
+    clear = min(gains[1000]) > 1 and min(gains[100]) > max(gains[1000]) and min(len(gains[r]) for r in (100, 1000)) >= 3
     return Finding(text, clear)
 
 def findings(evidence: Evidence, output_dir: str | Path = "outputs") -> list[Finding]:
