@@ -226,9 +226,9 @@ def planned(grid: str, seeds: int, suffix: str = "") -> dict[Key, list[Run]]:
 def seconds_per_sample(evidence: Evidence, dataset: str, model: str, suffix: str = "") -> tuple[float, str] | None:
     """Median over the records of a network whose arms end in `suffix`, tests included, and on what; of the same data
     set where there are any."""
-    def computed(run): return (run.environment["precision"] != "fp32") + run.environment["compile"]
-    keys = [key for key, runs in evidence.runs.items() if key[1] == model and "-x" not in key[2]
-            and (key[2].endswith(suffix) if suffix else not any(map(computed, runs.values())))]
+    others = "-x", "-tf32", "-bf16", "-compile"  # what else the time depends on
+    def like(arm): return arm.endswith(suffix) and not any(name in arm.removesuffix(suffix) for name in others)
+    keys = [key for key in evidence.runs if key[1] == model and like(key[2])]
     same = [key for key in keys if key[0] == dataset] or keys
     found = [r for key in same for r in evidence[key]]
     if not found: return None
