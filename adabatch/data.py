@@ -380,9 +380,10 @@ def _decoded(paths):
 def _decode(paths):
     "The pixels of all images, decoded on all cores. ValueError naming one that cannot be read."
     settings = dict(batch_size=500, collate_fn=_decoded, worker_init_fn=_ignore_signals)
-    parts = list(DataLoader(paths, num_workers=_cores() if _cores() > 1 else 0, **settings))
-    for part in parts:
+    parts = []
+    for part in DataLoader(paths, num_workers=_cores() if _cores() > 1 else 0, **settings):
         if isinstance(part, ValueError): raise part
+        parts.append(part)
     return np.concatenate(parts)
 
 def _fingerprint(files):

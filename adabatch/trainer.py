@@ -476,7 +476,8 @@ class EpochLoop:
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
         self.seed, self.precision, self.compile, self.test_metrics = seed, precision, compile, test_metrics or {}
-        graphed = compile and data.device.type in GRAPHED and World().size == 1
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        graphed = compile and alone and data.device.type in GRAPHED
         make_step = GraphedStep if graphed else partial(Step, compile=compile)
         self.step = make_step(self.model, optimizer, data.device, loss, metric, precision)
         self.world, self.clock = self.step.world, PhaseClock(data.device)
