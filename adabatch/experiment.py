@@ -21,6 +21,7 @@ from . import Rejected, WrongType, WrongValue
 from .data import DATASETS, class_folders
 from .device import PRECISIONS, Interrupted, best_device, check_device, check_gpu_each, launch_variable
 from .models import MODELS, model_name
+from .noise import TRIGGERS
 from .schedule import Schedule, adabatch, fixed, shown, whole_number
 
 # %% ../nbs/09_experiment.ipynb #c7620502
@@ -40,6 +41,8 @@ class Experiment:
     every: int | None = _option(None, "epochs between milestones")
     milestones: str | None = _option(None, "epochs of irregular milestones, such as 60,120,160; in place of every")
     growth: float | None = _option(None, "the batch is multiplied by it at a milestone (adabatch)")
+    trigger: str | None = _option(None, f"{', '.join(TRIGGERS)}, or epochs: when the batch grows (adabatch); "
+                                        "then milestones are those of the learning rate of a fixed batch")
     lr: float | None = _option(None, "initial learning rate")
     lr_decay: float | None = _option(None, "the learning rate is multiplied by it at a milestone")
     warmup_epochs: int | None = _option(None, "epochs over which lr rises to lr * batch_size / base_batch_size")
@@ -50,6 +53,7 @@ class Experiment:
     micro_batch: int | None = _option(None, "samples per forward pass, accumulating gradients; default: the shard")
     processes: int | None = _option(None, "processes to train with, one a GPU; default: 1, or as torchrun says")
     precision: str | None = _option(None, "fp32, tf32 (CUDA) or bf16 (autocast)")
+    noise_every: int | None = _option(None, "updates between measurements of the noise scale")
     seed: int = _option(0, "of initial weights, order and augmentation")
     compile: bool = _option(False, "as CUDA graphs on one GPU, else by torch.compile")
     device: str | None = _option(None, "cpu, cuda, cuda:<n> or mps; default: the fastest there is")
@@ -68,10 +72,10 @@ NOT_RECORDED = ("compile", "device", "workers", "data_dir", "output_dir", "save_
 DIVISION = ("processes", "micro_batch")  # how updates are divided: a run may be resumed with others
 
 # %% ../nbs/09_experiment.ipynb #de4d9c25
-_COMMON = dict(growth=2, milestones=None, warmup_epochs=0, momentum=0.9, weight_decay=5e-4, drop_last=True,
+_COMMON = dict(growth=2, milestones=None, trigger=None, noise_every=10, warmup_epochs=0, momentum=0.9, weight_decay=5e-4, drop_last=True,
                processes=1, micro_batch=None, precision="fp32")
 _CIFAR = _COMMON | dict(epochs=100, every=20, lr=0.01, base_batch_size=128, decay=0.375)
-_DIGITS = _COMMON | dict(epochs=10, every=2, lr=0.02, base_batch_size=16, decay=0.375,
+_DIGITS = _COMMON | dict(noise_every=1, epochs=10, every=2, lr=0.02, base_batch_size=16, decay=0.375,
                          batch_size=16, max_batch_size=256)
 _IMAGENET = _COMMON | dict(epochs=90, every=30, base_batch_size=256, decay=0.1, batch_size=256, max_batch_size=1024)
 RECIPES = {  # (data, network) -> values; `decay` is that of the effective learning rate at a milestone
@@ -87,6 +91,7 @@ def recipe(
     model: str,
     dataset: str,
     schedule: str,  # one of SCHEDULES
+    trigger: str | None = None,
 ) -> dict:  # field -> value
     "The values that `None` stands for. ValueError for a network that does not fit the data."
     family = DATASETS.get(dataset, DATASETS["imagenet"]).family
@@ -95,11 +100,13 @@ def recipe(
         raise WrongValue(f"{model} does not fit {dataset}: choose from {fitting}")
     values = dict(RECIPES[family, model])
     decay = values.pop("decay")
+    if trigger not in ("noise", "norm"): values["noise_every"] = None
     if "growth" in signature(SCHEDULES[schedule]).parameters: return values | dict(lr_decay=decay * values["growth"])
     return values | dict(lr_decay=decay, max_batch_size=None, growth=None)
 
 # %% ../nbs/09_experiment.ipynb #4eded554
-_SUFFIXES = dict(epochs="epochs{}", every="every{}", milestones="at{}", growth="growth{:g}", lr="lr{:g}",
+_SUFFIXES = dict(trigger="by-{}", noise_every="noise{}", epochs="epochs{}", every="every{}", milestones="at{}",
+                 growth="growth{:g}", lr="lr{:g}",
                  lr_decay="decay{:g}", warmup_epochs="warmup{}", micro_batch="accum{}", processes="x{}",
                  precision="{}", compile="compile", base_batch_size="base{}")
 
@@ -113,7 +120,7 @@ class Run:
     def recipe(self) -> dict:
         "The recipe's values for its settings."
         e = self.experiment
-        return recipe(e.model, e.dataset, e.schedule)
+        return recipe(e.model, e.dataset, e.schedule, e.trigger)
 
     @property
     def arm(self) -> str:
@@ -179,7 +186,7 @@ def choose(name: str, value, choices: tuple):
 def _check_ranges(e):
     "ValueError for numbers out of range; the schedule checks its own."
     choose("precision", e.precision, PRECISIONS)
-    for name in ("micro_batch", "processes"):
+    for name in ("micro_batch", "processes", "noise_every"):
         value = getattr(e, name)
         if value is not None and value < 1: raise WrongValue(f"{name} must be at least 1, not {value}")
     if e.workers is not None and e.workers < 0: raise WrongValue(f"workers must not be negative, not {e.workers}")
@@ -207,14 +214,22 @@ def _check_here(e):
 # %% ../nbs/09_experiment.ipynb #6e54ceaa
 def make_schedule(e: Experiment) -> Schedule:
     "The schedule of a resolved experiment. TypeError or ValueError if its numbers form none."
-    values = {n: getattr(e, n) for n in signature(SCHEDULES[e.schedule]).parameters}
-    if e.milestones is not None: values |= dict(milestones=_epochs(e.milestones), every=None)
-    return SCHEDULES[e.schedule](**values)
+    make = fixed if e.trigger else SCHEDULES[e.schedule]
+    values = {n: getattr(e, n) for n in signature(make).parameters}
+    if e.trigger: values["lr_decay"] = e.lr_decay / e.growth  # of LR / batch
+    if e.milestones is not None: values |= dict(milestones=_epochs("milestones", e.milestones), every=None)
+    schedule = make(**values)
+    grown = _epochs("trigger", e.trigger) if e.trigger and e.trigger not in TRIGGERS else ()
+    for epoch in grown: schedule = schedule.grown(epoch, e.growth)
+    if grown and (size := schedule.stages[-1].batch_size) > e.max_batch_size:
+        raise WrongValue(f"the batch grows to {size}, above max_batch_size ({e.max_batch_size})")
+    return schedule
 
-def _epochs(text):
+def _epochs(name, text):
     "The epochs in `60,120,160`."
+    also = f"one of {', '.join(TRIGGERS)}, or " if name == "trigger" else ""
     try: return [int(part) for part in text.split(",")]
-    except ValueError: raise WrongValue(f"milestones must be epochs such as 60,120,160, not {shown(text)}") from None
+    except ValueError: raise WrongValue(f"{name} must be {also}epochs such as 60,120,160, not {shown(text)}") from None
 
 def resolve(
     experiment: Experiment,
@@ -228,16 +243,17 @@ def resolve(
         known = ", ".join(DATASETS)
         raise WrongValue(f"unknown data set {shown(e.dataset)}: choose from {known}, "
                          "or give a folder of class folders")
-    values = recipe(e.model, e.dataset, e.schedule)
-    for name in ("max_batch_size", "growth"):
-        if values[name] is None and getattr(e, name) is not None:
+    values = recipe(e.model, e.dataset, e.schedule, e.trigger)
+    for name in ("max_batch_size", "growth", "trigger"):
+        if values["growth"] is None and getattr(e, name) is not None:
             raise WrongValue(f"a {e.schedule} schedule has no {name}")
     if "WORLD_SIZE" in os.environ: values["processes"] = launch_variable("WORLD_SIZE", 1)
     left = {n: v for n, v in values.items() if getattr(e, n) is None}
     e = replace(e, **left, device=e.device or best_device())
     _check_ranges(e)
     schedule = make_schedule(e)
-    if e.max_batch_size: e = replace(e, max_batch_size=schedule.stages[-1].batch_size)  # named by what it reaches
+    if e.max_batch_size and e.trigger not in TRIGGERS:  # named by what it reaches
+        e = replace(e, max_batch_size=schedule.stages[-1].batch_size)
     run = Run(e, schedule)
     if here and (e.overwrite or not run.path.exists()): _check_here(e)  # a record can be loaded anywhere
     if len(run.path.stem) <= 255 - len(".weights.pt.partial"): return run  # its longest suffix

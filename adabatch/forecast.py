@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROUNDS', 'VISIT_SECONDS', 'TOLERANCE', 'OPTIONS', 'UNITS', 'Rounds', 'Measurement', 'Cluster', 'buckets', 'predict',
            'samples_per_second', 'measure', 'noise', 'saturation', 'faster_micro_batch', 'has_batch_norm', 'most_nodes',
-           'advice', 'fixed_and_growing', 'trainer_on_noise', 'rate_table', 'quantity', 'main']
+           'advice', 'seconds_to_match', 'recommended', 'fixed_and_growing', 'trainer_on_noise', 'rate_table',
+           'quantity', 'main']
 
 # %% ../nbs/14_forecast.ipynb #3500562d
 import argparse, contextlib, copy, math, re, statistics, sys, time
@@ -211,6 +212,29 @@ def advice(measurement: Measurement, batch_norm: bool) -> list[str]:
     gain = f"{measurement.rates[size] / measurement.rates[largest]:.2f} times the rate of {largest} undivided"
     if not batch_norm: return [*lines, f"micro-batch: {size}, the same updates at {gain}, or more"]
     return [*lines, f"micro-batch: {size} would give {gain}, but with batch normalisation it is another experiment"]
+
+# %% ../nbs/14_forecast.ipynb #a49dfe5e
+def seconds_to_match(
+    measurement: Measurement,
+    noise_scale: float,  # in samples, at this point of the training
+    samples: int,  # that a very small batch would need
+) -> dict[int, Rounds]:
+    "By measured batch size, the seconds to get as far as a very small batch does with so many samples."
+    factors = {size: samples * (1 + size / noise_scale) for size in measurement.rates}
+    return {size: Rounds(tuple(factors[size] / rate for rate in rates.values))
+            for size, rates in measurement.rates.items()}
+
+def recommended(
+    measurement: Measurement,
+    noise_scales: list[float],  # in each epoch; NaN where undetermined
+) -> list[int]:
+    "The fastest of the measured batch sizes in each epoch; it never shrinks."
+    sizes, best = [], min(measurement.rates)
+    for scale in noise_scales:
+        times = seconds_to_match(measurement, scale, 1) if scale > 0 else {best: Rounds((0.0,))}
+        best = max(best, min(times, key=lambda size: times[size].median))
+        sizes.append(best)
+    return sizes
 
 # %% ../nbs/14_forecast.ipynb #162d95d7
 OPTIONS = ("model", "dataset", "batch_size", "max_batch_size", "epochs", "every", "milestones", "growth", "drop_last",

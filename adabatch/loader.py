@@ -103,7 +103,7 @@ def unroll(
         if alike or not updates: epoch, start = epoch + max(1, alike), 0
     asked, reached = schedule.stages[-1].batch_size, segments[-1].stage.batch_size
     if reached < asked: warnings.warn(f"no update is left for the batch of {asked}, which begins too close to the end: "
-                                      f"the last has {reached}", stacklevel=3)
+                                      f"the last has {reached}", stacklevel=4)
     ends = {s.epoch: s.start + s.updates * s.stage.batch_size for s in segments}  # the last of an epoch counts
     return tuple(replace(s, end=ends[s.epoch]) for s in segments)
 
@@ -212,8 +212,9 @@ class _Progress:
 class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     "The planned learning rates. Every step counts an update."
     def __init__(self, optimizer, plan):
-        base, last, self._progress = plan.schedule.base_lr, plan.updates - 1, plan._progress
-        super().__init__(optimizer, lambda update: plan.lr(min(update, last)) / base, plan._progress.done - 1)
+        base, self._progress = plan.schedule.base_lr, plan._progress
+        def factor(update): return plan.lr(min(update, plan.updates - 1)) / base
+        super().__init__(optimizer, factor, plan._progress.done - 1)
 
     def step(self, *epoch):
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
@@ -222,6 +223,11 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
                                     "planned: nothing else may set it, no other scheduler either", 3)
         super().step(*epoch)
         self._progress.count(self.last_epoch)
+
+    def look_up(self):
+        "Set the learning rates again, of a plan that has changed."
+        self._last_lr = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas)]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr): group["lr"] = lr
 
     def state_dict(self): return {name: value for name, value in super().state_dict().items() if name != "_progress"}
 
@@ -239,7 +245,8 @@ def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim
         plan._progress.warn("rate", f"the optimizer was built with lr={rates[0]:g}, not {base:g}: all learning rates "
                             f"will be {rates[0] / base:g} times the planned; build it with schedule.base_lr", 3)
     plan._progress.counting = True
-    return _PlannedLR(optimizer, plan)
+    plan._scheduler = _PlannedLR(optimizer, plan)
+    return plan._scheduler
 
 # %% ../nbs/01_loader.ipynb #51e0c0a4
 def _end(plan):
@@ -258,7 +265,7 @@ class _Pass:
         self.update += 1
         return self.plan.indices(self.update - 1)
 
-    def state_dict(self): return {"update": self.update}
+    def state_dict(self): return _state(self.plan, self.update)
     def load_state_dict(self, state):
         plan = self.plan
         plan.load_state_dict(state)
@@ -286,15 +293,35 @@ def _by_epoch(plan: "Plan") -> Iterator[int]:
             plan.start = _end(plan)
     finally: plan._epoch = None
 
-def _state_dict(plan: "Plan") -> dict[str, int]:
-    "The number of updates done."
-    return {"update": plan.start}
+def _state(plan, update): return {"update": update} | ({"grown": plan._grown} if plan._grown else {})
 
-def _load_state_dict(plan: "Plan", state: dict[str, int]):
+def _state_dict(plan: "Plan") -> dict:
+    "The number of updates done, and how the plan has grown."
+    return _state(plan, plan.start)
+
+def _load_state_dict(plan: "Plan", state: dict):
     "Resume where `state_dict` was taken. ValueError if it is not the state of a plan."
     if not isinstance(state, dict) or "update" not in state:
         raise WrongValue(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
+    _unroll(plan, state.get("grown", []))
     plan.start = state["update"]
+
+def _unroll(plan, grown):
+    "The segments of the schedule as it has `grown`: at which epochs, by which factor."
+    schedule = plan._planned
+    for epoch, growth in grown: schedule = schedule.grown(epoch, growth)
+    plan.schedule, plan._grown, plan.segments = schedule, grown, unroll(schedule, plan.samples, plan.drop_last)
+    total = sum(s.epochs * s.updates for s in plan.segments)
+    plan.updates = plan._progress.updates = whole_number("the number of updates in the whole training", total)
+
+def _grow(plan: "Plan", growth: float = 2):
+    """Between epochs, or within one for the next: from there on a batch `growth` times as large, and LR / batch as
+    planned. ValueError in the last epoch, in a warm-up, or for a batch larger than the training set."""
+    epoch = plan.at(plan._progress.done).epoch if plan._epoch is None else plan._epoch + 1
+    if plan._epoch is None and plan.updates_of(epoch).start != plan._progress.done:
+        raise WrongValue("a plan grows between epochs: use a loop over plan.by_epoch()")
+    _unroll(plan, [*plan._grown, [epoch, growth]])
+    if plan._scheduler: plan._scheduler.look_up()
 
 # %% ../nbs/01_loader.ipynb #51e0c0a8
 @dataclass(frozen=True)
@@ -346,7 +373,7 @@ class Plan:
     With `micro_batch`, a plan also divides a stream, which has no indices, into its updates (`accumulate`)."""
     batch_size = None  # it varies: a fixed number would make Accelerate drop samples
     indices, by_epoch, lr_scheduler, __repr__ = _indices, _by_epoch, _lr_scheduler, _summary
-    accumulate, state_dict, load_state_dict = _accumulate, _state_dict, _load_state_dict
+    accumulate, grow, state_dict, load_state_dict = _accumulate, _grow, _state_dict, _load_state_dict
     def __init__(self,
         schedule: Schedule,
         samples: int,  # size of the training set
@@ -356,15 +383,15 @@ class Plan:
         world_size: int = 1,  # number of processes that share each batch
         micro_batch: int | None = None,  # samples of a micro-batch of a stream, in one process
     ):
-        self.segments = unroll(schedule, samples, drop_last)
-        total = sum(s.epochs * s.updates for s in self.segments)
-        self.updates = whole_number("the number of updates in the whole training", total)
-        self.schedule, self.samples, self.drop_last = schedule, whole_number("samples", samples), drop_last
+        self._planned, self.samples, self.drop_last = schedule, samples, drop_last
+        self._progress, self._epoch, self._order = _Progress(0), None, (None, None)  # of one epoch, kept
+        self._scheduler = None
+        _unroll(self, [])
+        self.samples = whole_number("samples", samples)
         self.seed = whole_number("seed", seed, least=0, most=2**64 - 1)
         self.world_size = whole_number("world_size", world_size)
         self.rank = whole_number("rank", rank, least=0, most=self.world_size - 1)
         self.micro_batch = _micro_batch(self, micro_batch)
-        self._progress, self._epoch, self._order = _Progress(self.updates), None, (None, None)  # of one epoch, kept
 
     def at(self, update: int) -> Update:
         "Everything about an update, counted from 0. ValueError if there is no such update."
@@ -390,6 +417,7 @@ class Plan:
     @start.setter
     def start(self, update): self._progress.begin(update)
     def __len__(self) -> int: return _end(self) - self._progress.first
+    def __getstate__(self): return self.__dict__ | {"_scheduler": None}  # of this process
     def __iter__(self) -> Iterator[list[int]]:
         _check_processes(self)
         if self._epoch is None: self._progress.begin_pass()

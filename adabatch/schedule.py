@@ -10,7 +10,7 @@ __all__ = ['LARGEST', 'MOST_STAGES', 'RULES', 'Stage', 'shown', 'whole_number', 
 import copy, inspect, math, operator, warnings
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import accumulate
 
@@ -106,6 +106,17 @@ class Curve:
         if value < 0: raise WrongValue(f"the learning rate's curve is negative ({value}) at progress {progress:.6g}")
         return value * (batch_size / self.batch_size) ** self.power
 
+def _with_growth(schedule: "Schedule", epoch: int, growth: float = 2) -> "Schedule":
+    """The schedule with a batch `growth` times as large from `epoch` on, in all later stages, too. The learning rate
+    grows with it, or as a curve's rule says. ValueError outside of the training, or in a warm-up."""
+    epoch = whole_number("epoch", epoch, most=schedule.epochs - 1)
+    if epoch < schedule.warmup_epochs: raise WrongValue(f"a batch cannot grow in a warm-up, which ends at {epoch}")
+    growth = positive_number("growth", growth)
+    factor = growth if schedule.curve is None else growth**schedule.curve.power
+    later = [replace(schedule.at(epoch), start=epoch), *(s for s in schedule.stages if s.start > epoch)]
+    grown = [Stage(s.start, round(s.batch_size * growth), s.lr * factor) for s in later]
+    return replace(schedule, stages=(*(s for s in schedule.stages if s.start < epoch), *grown))
+
 # %% ../nbs/00_schedule.ipynb #530dd853
 @dataclass(frozen=True, repr=False)
 class Schedule:
@@ -119,6 +130,7 @@ class Schedule:
     warmup_epochs: int = 0  # epochs over which the learning rate rises linearly from `warmup_lr` to the stage's
     warmup_lr: float = 0.0  # learning rate of the first update, if there is a warm-up
     curve: Curve | None = None  # overrides the stages' learning rates
+    grown = _with_growth
 
     def __post_init__(self):
         if not isinstance(self.curve, Curve | None):

@@ -10,6 +10,7 @@ __all__ = ['HERE', 'LAUNCHED', 'GRACE_SECONDS', 'existing', 'checkpoint_path', '
 # %% ../nbs/10_train.ipynb #8005049d
 import argparse, contextlib, os, platform, select, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from .files import (
     Busy, atomic_write, checkpoint_files, load_weights, lock, remove_checkpoint, save_checkpoint)
 from .loader import Plan
 from .models import get_model
+from .noise import TRIGGERS, grow_by
 from .record import Record, epoch_line
 from .trainer import (
     Step, Trainer, cross_entropy, evaluate, matching_checkpoint, percent_outside_top5, percent_wrong)
@@ -189,7 +191,7 @@ class LivePlot(Progress):
 
     def figure(self, title: str):
         "Loss, test error and batch size of the finished epochs; the planned batch sizes in grey."
-        history, stages, epochs = self.trainer.history, self.schedule.stages, self.schedule.epochs
+        history, stages, epochs = self.trainer.history, self.trainer.schedule.stages, self.schedule.epochs
         fig, axes = record.pyplot().subplots(1, 3, figsize=(12, 2.8), layout="constrained")
         record.pyplot().close(fig)  # or the notebook would show it once more
         for ax, name, label in zip(axes, ("train_loss", "test_error"), ("training loss", "test error (%)")):
@@ -223,8 +225,10 @@ def make_trainer(run: Run, data, dtype: torch.dtype | None = None) -> Trainer:
     model = get_model(e.model, data.classes).to(dtype or torch.get_default_dtype())
     optimizer = torch.optim.SGD(model.parameters(), lr=e.lr, momentum=e.momentum, weight_decay=e.weight_decay,
                                 fused=data.device.type == "cuda")
+    decide = TRIGGERS.get(e.trigger)
+    grow = decide and partial(grow_by, decide, max_batch_size=e.max_batch_size, growth=e.growth)
     return Trainer(model, optimizer, data, run.schedule, e.seed, e.drop_last, e.micro_batch, e.precision, e.compile,
-                   test_metrics=_test_metrics(data))
+                   test_metrics=_test_metrics(data), noise_every=e.noise_every, grow=grow)
 
 def _save(run, trainer):
     "Save weights and record, and remove the checkpoint."

@@ -24,6 +24,7 @@ from . import WrongType, WrongValue
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
+from .noise import Halves, NoiseScale
 from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/07_trainer.ipynb #b40a3f23
@@ -163,12 +164,16 @@ class Step:
         "Gradients are exchanged only in the backward pass of an update's last micro-batch."
         return contextlib.nullcontext() if last or self.world.size == 1 else self.net.no_sync()
 
-    def update(self, samples: int, count: int, weight: float, batches: Iterator, sums: EpochSums, clock: PhaseClock):
-        "One update: the next `count` of `batches` are this process's part of a global batch of `samples`."
+    def update(self, samples: int, count: int, weight: float, batches: Iterator, sums: EpochSums, clock: PhaseClock,
+               look: Callable | None = None):
+        """One update: the next `count` of `batches` are this process's part of a global batch of `samples`. `look` is
+        called with each before its passes."""
         if not self.model.training: self.model.train()  # it arrived so, or a test left it so
         for i in range(1, count + 1):
             x, y = next(batches)
             clock.mark("data")
+            if look: look(x, y)
+            if look: clock.mark(None)
             with self.exchanging(i == count):
                 loss, metric = self.forward(self.net, x, y)
                 sums.add(loss.detach(), metric, weight)
@@ -223,6 +228,7 @@ class GraphedStep(Step):
         self.graphs, self.passes, self.now = Graphs(self.device), {}, None
 
     def make_graph(self, x, y):
+        if _kind(x, y) in self.passes: return
         with no_trace(self): self.passes[_kind(x, y)] = Passes(self, x, y)
 
     def forward(self, net, x, y):
@@ -455,6 +461,11 @@ def _check_parts(model, optimizer, loss, precision, micro_batch):
         raise WrongValue("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
                          "loop with a Plan and its lr_scheduler")
 
+def _look(halves, update, slices):
+    "What `Step.update` calls with each micro-batch, to measure the noise scale."
+    starts = iter(start - update.batch[0] for start, _ in slices)
+    return lambda x, y: halves.add(x, y, start=next(starts))
+
 # %% ../nbs/07_trainer.ipynb #f27a9ced
 class EpochLoop:
     "Trains epoch after epoch, in this process as one of several."
@@ -471,8 +482,11 @@ class EpochLoop:
         loss: Callable = cross_entropy,  # of (output, targets), summed over the samples
         metric: Callable = percent_wrong,  # the same; `train_error` and `test_error` are its means
         test_metrics: dict[str, Callable] | None = None,  # further test metrics: name in the history -> function
+        noise_every: int | None = None,  # updates from one measurement of the noise scale to the next; None: never
+        grow: Callable[[Schedule, list[dict]], Schedule] | None = None,  # of the plan and the finished epochs' rows
     ):
         _check_parts(model, optimizer, loss, precision, micro_batch)
+        if noise_every is not None: whole_number("noise_every", noise_every)
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
         self.seed, self.precision, self.compile, self.test_metrics = seed, precision, compile, test_metrics or {}
@@ -481,9 +495,10 @@ class EpochLoop:
         make_step = GraphedStep if graphed else partial(Step, compile=compile)
         self.step = make_step(self.model, optimizer, data.device, loss, metric, precision)
         self.world, self.clock = self.step.world, PhaseClock(data.device)
+        self.planned, self.grow, self.noise_every = schedule, grow, noise_every
         self.plan = Plan(schedule, data.train_size, seed, drop_last, self.world.rank, self.world.size)
         self.micro_batch = MicroBatch(self.step, micro_batch, data)
-        self.state = State(EpochSums(data.device))
+        self.state, self.noise = State(EpochSums(data.device)), NoiseScale(self.model)
         if self.world.size > 1: settle_buckets(self.step, *self.micro_batch.sample(1))
 
     @property
@@ -493,6 +508,14 @@ class EpochLoop:
     def diverged(self) -> bool:
         "Has the training loss become NaN or infinite?"
         return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
+
+    def replan(self, rows: list[dict]) -> bool:
+        "Grow as decided from the finished epochs' rows. Did the plan change?"
+        schedule = self.grow(self.planned, rows) if self.grow else self.schedule
+        if schedule == self.schedule: return False
+        plan, self.schedule = self.plan, schedule
+        self.plan = Plan(schedule, plan.samples, self.seed, plan.drop_last, plan.rank, plan.world_size)
+        return True
 
     def train_epoch(self, after_update: Callable):
         "Make the remaining updates of the current epoch. `after_update(updates)` is called after each."
@@ -510,7 +533,11 @@ class EpochLoop:
             for group in self.optimizer.param_groups: group["lr"] = update.lr
             seed_device(int(seeds[state.update]), self.device)
             samples = update.batch[1] - update.batch[0]
-            self.step.update(samples, len(slices), weight, batches, state.sums, self.clock)
+            due = self.noise_every and update.index % self.noise_every == 0
+            halves = Halves(self.model, lambda x, y: self.step.forward_eager(self.model, x, y)[0]) if due else None
+            look = _look(halves, update, slices) if due and weight else None
+            self.step.update(samples, len(slices), weight, batches, state.sums, self.clock, look)
+            if due and samples > 1: self.noise.append(halves.moments(self.world.size))
             state.update += 1
             after_update(len(updates))
             self.clock.mark(None)
@@ -518,7 +545,7 @@ class EpochLoop:
 
 # %% ../nbs/07_trainer.ipynb #3efe7f4c
 def prepare(loop: EpochLoop):
-    "Find the micro-batches of all stages, and compile their graphs if asked, before training."
+    "Find the micro-batches of all stages, and compile their graphs if asked: before training, or once it has grown."
     begin, state = time.perf_counter(), loop.state
     if not torch.is_grad_enabled(): raise WrongValue("training needs gradients: call fit outside of torch.no_grad()")
     check_loss(loop.step, loop.micro_batch.sample)
@@ -550,6 +577,9 @@ def epoch_row(loop: EpochLoop) -> dict:
                train_loss=loss / used, train_error=metric / used,
                test_loss=test_loss, test_error=test_error, test_seconds=time.perf_counter() - begin)
     row |= dict(zip(loop.test_metrics, others))
+    if loop.noise_every:
+        noise = loop.noise.estimate()
+        row |= dict(noise_scale=noise.value, noise_low=noise.low, noise_high=noise.high)
     return row | dict(zip(names, mean)) | {f"{name}_slowest": s for name, s in zip(names, slowest)}
 
 # %% ../nbs/07_trainer.ipynb #d13cdf02
@@ -564,6 +594,8 @@ def _resume(loop, saved):
     if before != now:
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
+    loop.replan(json.loads(saved.get("rows", "[]")))
+    loop.noise.measured = [torch.tensor(m, device=loop.device) for m in saved.get("noise", [])]
     updates = _updates(loop)
     if saved.get("plan", updates) != updates:
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
@@ -584,7 +616,8 @@ class Trainer(EpochLoop):
     `model` maps images (B, C, H, W) to logits, and `optimizer` is built with its parameters; `data` is `Images`,
     `Folder`, or an object with their methods. `seed` is that of order and augmentation. A batch is divided over the
     processes that torchrun started, and there into forward passes of at most `micro_batch` samples. `loss` and `metric`
-    are functions of (output, targets), summed over the samples."""
+    are functions of (output, targets), summed over the samples. Every `noise_every` updates the gradient noise scale is
+    measured, and `grow` may grow the schedule between epochs."""
     def fit(self,
         checkpoint: str | Path | None = None,  # file for the state, from which to resume if it exists
         identity: dict | None = None,  # what the checkpoint must match; JSON values
@@ -611,6 +644,7 @@ class Trainer(EpochLoop):
                 self.train_epoch(after_update)
                 row = epoch_row(self)
                 state.next_epoch(row, self.device)
+                if self.replan(self.history): prepare(self)
                 if self.world.rank == 0: on_epoch(state.epoch - 1, row)
                 self.clock.start()
                 if state.epoch < self.schedule.epochs: self._pause(saver)
@@ -627,5 +661,6 @@ class Trainer(EpochLoop):
         self.clock.start()
 
     def _save(self, saver):
-        parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+        noise = [m.tolist() for m in self.noise.measured]
+        parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), noise=noise)
         saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=_updates(self)))
