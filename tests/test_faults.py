@@ -61,8 +61,7 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
     assert child.returncode == 1 and "failed with exit code -9" in output
     wait_until_ended(tmp_path)
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes, signum", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_an_interrupt_is_answered_with_a_checkpoint_and_its_exit_code(tmp_path, processes, signum):
     child, checkpoint = launched(tmp_path, "--processes", str(processes))
     if processes == 1: checkpoint = Path(str(checkpoint).replace("-x2", ""))
