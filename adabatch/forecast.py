@@ -126,7 +126,7 @@ def samples_per_second(
 
 # %% ../nbs/14_forecast.ipynb #c98b022b
 def _visits(trainer, batch_sizes, seconds):
-    "Updates in a visit for each batch size that `seconds` suffice for, found by an update of each; and when they began."
+    "Updates in a visit for each batch size that `seconds` suffice for, found by an update of each; when these began."
     visits, an_update, a_round, begin = {}, 0.0, 0.0, time.perf_counter()
     visit = min(VISIT_SECONDS, seconds / (2 * ROUNDS * len(batch_sizes)))
     for size in sorted(batch_sizes):

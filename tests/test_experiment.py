@@ -123,9 +123,9 @@ def test_a_record_of_a_device_that_is_not_here_is_loaded(tmp_path, quick):
     with pytest.raises(ValueError, match="tf32 is a precision of NVIDIA GPUs"): run(replace(e, overwrite=True))
 
 def test_the_commit_is_named_where_there_is_no_git(monkeypatch):
-    monkeypatch.setattr(train, "HERE", Path("/"))
-    monkeypatch.setenv("ADABATCH_COMMIT", "0123abc")
+    monkeypatch.setenv("ADABATCH_COMMIT", "0123abc")  # over a repository that holds another
     assert train.commit() == "0123abc"
+    monkeypatch.setattr(train, "HERE", Path("/"))
     monkeypatch.delenv("ADABATCH_COMMIT")
     assert train.commit() == "unknown"
 

@@ -62,12 +62,6 @@ def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypa
         assert list(found.rates) == sizes
         assert now[0] - sum(sizes) / 16 <= max(seconds, 4)  # the first update of each is not counted
 
-def test_both_schedules_start_alike_and_only_one_grows():
-    e = Experiment("resnet20", "cifar100", max_batch_size=512, epochs=5, every=1)
-    still, growing = forecast.fixed_and_growing(e)
-    assert (still.arm, growing.arm) == ("fixed-128-epochs5-every1", "adabatch-128-512-epochs5-every1")
-    assert still.schedule.at(0) == growing.schedule.at(0)
-
 # --- the benchmark
 
 def benchmark_worker():

@@ -256,10 +256,6 @@ def test_a_question_is_asked_for_every_seed_and_nan_is_within_no_bound():
     far = [torch.tensor([1.0]), torch.tensor([float("nan")])], [torch.tensor([1.0]), torch.tensor([1.0])]
     assert gpu.distance(*far) != gpu.distance(*far) and gpu.distance(far[0][::-1], far[1]) != 0
 
-def test_what_the_gpu_showed_first_the_commit_it_is_told_is_the_one_it_records(monkeypatch):
-    monkeypatch.setenv("ADABATCH_COMMIT", "0123abc")  # over a repository that holds another
-    assert train.commit() == "0123abc"
-
 def test_what_the_gpu_showed_first_a_recording_keeps_no_graph_of_its_stream(monkeypatch):
     monkeypatch.setattr(engine, "GRAPHED", ("cpu",))
     trainer = gpu.short("cpu", samples=64, compile=True)
