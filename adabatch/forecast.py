@@ -127,19 +127,21 @@ def samples_per_second(
 
 # %% ../nbs/14_forecast.ipynb #c98b022b
 def _visits(trainer, batch_sizes, seconds):
-    "Updates in a visit for each batch size that can be measured in `seconds`: found by an update of each."
+    "Updates in a visit for each batch size that `seconds` suffice for, found by an update of each; when these began."
     visits, an_update, a_round, begin = {}, 0.0, 0.0, time.perf_counter()
     visit = min(VISIT_SECONDS, seconds / (2 * ROUNDS * len(batch_sizes)))
     for size in sorted(batch_sizes):
         if visits:
             expected = an_update * size / max(visits)
-            needed = 2 * expected + ROUNDS * (a_round + max(expected, visit))
+            needed = expected + ROUNDS * (a_round + max(expected, visit))
             if time.perf_counter() - begin + needed > seconds: break
-        samples_per_second(trainer, size, 1)  # the first update of a size is slower
+        started = time.perf_counter()
+        samples_per_second(trainer, size, 1)  # the first update of a size is slower, and not counted
+        begin += time.perf_counter() - started
         an_update = size / samples_per_second(trainer, size, 1)
         visits[size] = max(1, min(int(visit / an_update), trainer.data.train_size // size))
         a_round += visits[size] * an_update
-    return visits
+    return visits, begin
 
 def measure(
     trainer: Trainer,  # its model is trained by this: pass one that is no longer needed
@@ -147,9 +149,9 @@ def measure(
     seconds: float = 60,  # approximate budget; the smallest batch size is always measured
 ) -> Measurement:
     "Training samples per second over batch sizes. ValueError if the trainer's data is smaller than one of them."
-    begin, rounds, a_round = time.perf_counter(), [], 0.0
+    rounds, a_round = [], 0.0
     with device_settings(trainer.device, trainer.precision):
-        visits = _visits(trainer, batch_sizes, seconds)
+        visits, begin = _visits(trainer, batch_sizes, seconds)
         order = list(visits)
         while len(rounds) < ROUNDS or time.perf_counter() - begin + a_round < seconds:
             started = time.perf_counter()

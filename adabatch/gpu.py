@@ -20,11 +20,11 @@ import torch
 
 from . import WrongValue, trainer as engine
 from .data import load_data
-from .device import Interrupted, best_device, check_device, device_settings, keep_freed_memory
+from .device import Interrupted, best_device, check_device, keep_freed_memory
 from .experiment import (
     FIELDS, GRIDS, NETWORKS, Experiment, Run, add_options, choose, exit_code, parse, recipe, resolve, three_arms)
 from .files import atomic_write
-from .forecast import noise, samples_per_second
+from .forecast import measure, noise
 from .train import commit, device_name, existing, make_trainer, train
 from .trainer import Trainer
 
@@ -68,7 +68,7 @@ _load = functools.cache(load_data)
 def _small(data, samples):
     "The first samples of a data set."
     data = copy.copy(data)
-    data.train_size, data.test_size = samples, 50
+    data.train_size, data.test_size = samples, 10
     return data
 
 def short(device: str, model="alexnet", samples=256, dtype=torch.float32, seed=0, **settings) -> Trainer:
@@ -193,19 +193,10 @@ def trainer_of(model: str, device: str, way: Way, data, batch_size: int) -> Trai
     trainer.data.train_batches = lambda *which: ((x.contiguous(), y) for x, y in data.train_batches(*which))
     return trainer
 
-def rates_of(model: str, device: str, way: Way, data, sizes: tuple, seconds: float, rounds: int = 3) -> list[dict]:
-    "Samples per second at each batch size, about so many seconds in each round: a row a size."
-    trainer = trainer_of(model, device, way, data, sizes[0])
-    updates, found = {}, {size: [] for size in sizes}
-    with device_settings(trainer.device, way.precision):
-        for size in sizes:
-            most = data.train_size // size
-            samples_per_second(trainer, size, min(most, 2))  # records graphs, fills caches
-            pace = samples_per_second(trainer, size, min(most, 8)) / size
-            updates[size] = max(1, min(most, int(seconds * pace)))
-        for _ in range(rounds):
-            for size in sizes: found[size].append(samples_per_second(trainer, size, updates[size]))
-    return [dict(model=model, batch_size=size, rates=rates, **asdict(way)) for size, rates in found.items()]
+def rates_of(model: str, device: str, way: Way, data, sizes: tuple, seconds: float) -> list[dict]:
+    "Samples per second at each batch size: a row a size."
+    found = measure(trainer_of(model, device, way, data, sizes[0]), sizes, seconds).rates
+    return [dict(model=model, batch_size=size, rates=rate.values, **asdict(way)) for size, rate in found.items()]
 
 def _describe_rates(rows):
     return ", ".join(f"batch {row['batch_size']}: {statistics.median(row['rates']):,.0f}/s" for row in rows)
@@ -363,13 +354,13 @@ class Scale:
     ways: tuple = WAYS
     shrink: int = 1  # batch sizes are divided by it
     samples: int = 65536  # random images
-    seconds: float = 0.3  # of measuring a network in a way, at a batch size, in a round
+    seconds: float = 2.0  # of measuring a network in a way
     updates: int = 100  # of the original's way
     networks: tuple = WORTH
 
 WHOLE = Scale()
 SMALL = Scale(asked=64, precisions=("fp32",), seeds=1, graphed=ASKED, networks=ASKED, shrink=64, samples=64,
-              ways=(Way(), Way(layout="NCHW"), Way(compile=True)), seconds=0.1, updates=2)
+              ways=(Way(), Way(layout="NCHW"), Way(compile=True)), updates=2)
 
 def check(device: str, scale: Scale, deadline: float, keep: Callable) -> dict:
     "Questions, then rates until the deadline; `keep` is called with what there is after each step."

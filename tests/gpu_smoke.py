@@ -3,7 +3,7 @@
 Ten updates in which a wait for the device is an error; the clock; memory; two processes on one GPU; interruption. A
 step that fails is named, and the next one begins.
 """
-import argparse, contextlib, functools, signal, subprocess, sys, tempfile, time
+import argparse, contextlib, signal, subprocess, sys, tempfile, time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,23 +11,16 @@ import torch
 import torch.distributed as dist
 
 from adabatch import record, trainer as engine
-from adabatch.data import load_data
 from adabatch.device import Interrupted, best_device, check_device, device_settings, synchronize
 from adabatch.experiment import Experiment, exit_code, resolve
-from adabatch.gpu import Question, made
+from adabatch.gpu import Question, _load, _small, made
 from adabatch.train import environment, make_trainer
 from adabatch.trainer import Trainer, prepare
-
-@functools.cache
-def _noise(device): return load_data("fake", device=device)
 
 def _one_stage(model, device, batch_size, updates, **settings):
     "A trainer of one epoch with `updates` updates on random images."
     e = Experiment(model, "fake", "fixed", batch_size, epochs=1, every=1, device=device, **settings)
-    data = _noise(device)
-    if batch_size * updates > len(data.labels): raise ValueError(f"the noise is {data.train_size:,} samples")
-    data.train_size, data.test_size = batch_size * updates, 50  # shared by all steps
-    return make_trainer(resolve(e, here=False), data)
+    return make_trainer(resolve(e, here=False), _small(_load("fake", device=device), batch_size * updates))
 
 def _epoch_seconds(trainer) -> tuple[float, list[float]]:
     "Seconds of one epoch by a synchronised clock, and the trainer's own: of its phases, and of everything."
@@ -84,8 +77,7 @@ def limited_memory(trainer: Trainer, samples: int) -> Iterator[None]:
 def memory_limit(device: str) -> str:
     "A batch that does not fit is halved, recorded as such, and halved again on resume."
     run = resolve(Experiment("resnet20", "digits", "fixed", 512, epochs=2, every=1, device=str(device)))
-    data = load_data("digits", device=device)
-    data.train_size, data.test_size = 512, 50
+    data = _small(_load("digits", device=device), 512)
     def stop(epoch, row): signal.raise_signal(signal.SIGTERM)
     with tempfile.TemporaryDirectory() as tmp:
         for on_epoch in (stop, lambda epoch, row: None):
@@ -124,10 +116,12 @@ def interrupted_command(device: str) -> str:
     if cut.environment["restarts"] != 1 or not same: raise RuntimeError(found)
     return found
 
+SHORT = dict(samples=64, dtype=torch.float64)
+
 def _process_of_two(rank, folder, device):
     "One of two processes, which exchange gradients by gloo and may share a GPU."
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    changed = made(device, dtype=torch.float64, processes=1)
+    changed = made(device, processes=1, **SHORT)
     if rank == 0: torch.save(changed, f"{folder}/change.pt")
     dist.destroy_process_group()
 
@@ -138,7 +132,7 @@ def two_processes(device: str) -> Question:
             torch.multiprocessing.spawn(_process_of_two, (tmp, device), nprocs=2)
             return torch.load(f"{tmp}/change.pt")
     return Question("two processes on one device against one, in float64", by_two,
-                    lambda seed: made(device, dtype=torch.float64), 1e-7)
+                    lambda seed: made(device, **SHORT), 1e-7)
 
 def _try(name, step):
     "Run a step of the smoke test, and print its result and time. True unless it raised."

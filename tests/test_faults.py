@@ -61,8 +61,7 @@ def test_processes_end_when_torchrun_is_killed(tmp_path):
     assert child.returncode == 1 and "failed with exit code -9" in output
     wait_until_ended(tmp_path)
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes, signum", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_an_interrupt_is_answered_with_a_checkpoint_and_its_exit_code(tmp_path, processes, signum):
     child, checkpoint = launched(tmp_path, "--processes", str(processes))
     if processes == 1: checkpoint = Path(str(checkpoint).replace("-x2", ""))
@@ -101,18 +100,16 @@ def test_a_kernel_that_is_killed_takes_its_processes_along(tmp_path):
 def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_micro_batch(tmp_path):
     base = Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", checkpoint_minutes=0)
     whole = run(replace(base, output_dir=str(tmp_path / "whole")))
-    rng = random.Random(1)
+    child = program("-m", "adabatch.train", *TWO_EPOCHS, "--processes", "2", "--output_dir", tmp_path)
+    checkpoint = tmp_path / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
+    wait_for_file(checkpoint, child)
+    time.sleep(random.uniform(0, 0.5))
+    for pid in {child.pid, *using(tmp_path)}:  # as when the power goes
+        with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
+    child.wait()
+    wait_until_free(checkpoint.with_suffix(".npz"))
     for micro_batch in (None, 24):
-        folder = tmp_path / str(micro_batch)
-        child = program("-m", "adabatch.train", *TWO_EPOCHS, "--processes", "2", "--output_dir", folder)
-        checkpoint = folder / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
-        wait_for_file(checkpoint, child)
-        time.sleep(rng.uniform(0, 0.5))
-        for pid in {child.pid, *using(folder)}:  # as when the power goes
-            with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-        child.wait()
-        wait_until_free(checkpoint.with_suffix(".npz"))
-        again = run(replace(base, output_dir=str(folder), micro_batch=micro_batch, resume_from=str(checkpoint)))
+        again = run(replace(base, output_dir=str(tmp_path), micro_batch=micro_batch, resume_from=str(checkpoint)))
         assert again.environment["restarts"] >= 1
         for name in ("lr", "batch_size", "updates", "samples", "left_out"):
             assert np.array_equal(again.arrays[name], whole.arrays[name])

@@ -56,17 +56,11 @@ def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypa
         return 16.0
     monkeypatch.setattr(forecast, "samples_per_second", sixteen_a_second)
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: now[0])
-    for seconds, sizes in ((35, [16, 32, 64]), (34, [16, 32]), (0, [16])):  # 2 * (1 + 2 + 4) to try, 3 * 7 for rounds
+    for seconds, sizes in ((28, [16, 32, 64]), (27, [16, 32]), (0, [16])):  # 1 + 2 + 4 to try, 3 * 7 for rounds
         now[0] = 0.0
         found = measure(tiny(), [128, 16, 64, 32], seconds)
         assert list(found.rates) == sizes
-        assert now[0] <= max(seconds, 5)
-
-def test_both_schedules_start_alike_and_only_one_grows():
-    e = Experiment("resnet20", "cifar100", max_batch_size=512, epochs=5, every=1)
-    still, growing = forecast.fixed_and_growing(e)
-    assert (still.arm, growing.arm) == ("fixed-128-epochs5-every1", "adabatch-128-512-epochs5-every1")
-    assert still.schedule.at(0) == growing.schedule.at(0)
+        assert now[0] - sum(sizes) / 16 <= max(seconds, 4)  # the first update of each is not counted
 
 # --- the benchmark
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import flags, wait_for
+import torch
+from conftest import together, wait_for
 
-from adabatch import forecast, record
+from adabatch import forecast, record, train
+from adabatch.experiment import Experiment
+from adabatch.files import load_checkpoint
 from adabatch.forecast import Cluster, Measurement, Rounds, predict
-from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
 
 def cells():
@@ -45,25 +47,29 @@ def test_nodes_are_gone_when_the_process_that_made_them_is_killed(network, tmp_p
         return found
     wait_for(lambda: not left(), seconds=10)
 
-FLOAT64 = "import sys, torch, adabatch.train\ntorch.set_default_dtype(torch.float64)\nsys.exit(adabatch.train.main())\n"
 OPTIONS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
+SCRIPT = "import sys; sys.path.insert(0, 'tests'); import test_network; test_network.train_wide(sys.argv[1])"
+
+def wide(name, classes):
+    "Of layers with many weights that take little time."
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(3072, 512), torch.nn.ReLU(), torch.nn.Linear(512, classes)
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+def train_wide(folder):
+    torch.set_default_dtype(torch.float64)
+    train.get_model = wide
+    train.run(Experiment(**OPTIONS, checkpoint_minutes=0, output_dir=folder))
 
 def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(network, tmp_path):
-    program, name = tmp_path / "float64.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
-    program.write_text(FLOAT64)
-    def start(nodes, folder):
-        words = flags(output_dir=tmp_path / folder, checkpoint_minutes=0.01, **OPTIONS)
-        return [node.start([str(program), *words], nodes=len(nodes)) for node in nodes]
-    with network.two_nodes() as nodes:
-        assert [process.wait(240) for process in start(nodes, "whole")] == [0, 0]
-        sent = nodes[1].sent()
+    program, name = tmp_path / "wide.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
+    program.write_text(SCRIPT)
+    def start(nodes): return [node.start([str(program), str(tmp_path / "cut")]) for node in nodes]
+    together(2, train_wide, str(tmp_path / "whole"))
     whole = record.load(tmp_path / "whole" / name.format("-x2", "npz"))
-    exchanges = whole.updates.sum() + 1  # and one in which the buckets are settled
-    gradients = sum(8 * p.numel() for p in get_model("alexnet", 10).parameters())
-    assert 1 < sent / (exchanges * gradients) < 1.05  # 2 (p - 1) / p of them, and headers
     checkpoint = tmp_path / "cut" / name.format("-x2", "pt")
     with network.two_nodes() as nodes:
-        processes = start(nodes, "cut")
+        processes = start(nodes)
         wait_for(checkpoint.exists)
         nodes[1].kill()
         assert processes[0].wait(120) != 0 and processes[1].wait(10) == -signal.SIGKILL
@@ -71,8 +77,14 @@ def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(netw
     alone = tmp_path / "one" / name.format("", "pt")
     alone.parent.mkdir(parents=True)
     shutil.copy(checkpoint, alone)
-    with network.two_nodes() as nodes: assert [process.wait(240) for process in start(nodes, "cut")] == [0, 0]
-    with network.two_nodes() as nodes: assert [process.wait(240) for process in start(nodes[:1], "one")] == [0]
+    saved = load_checkpoint(checkpoint)
+    with network.two_nodes() as nodes:
+        assert [process.wait(240) for process in start(nodes)] == [0, 0]
+        sent = nodes[1].sent()
+    exchanges = whole.updates[saved["epoch"]:].sum() - saved["update"] + 1  # and one in which the buckets are settled
+    gradients = sum(8 * p.numel() for p in wide("", 10).parameters())
+    assert 1 < sent / (exchanges * gradients) < 1.05  # 2 (p - 1) / p of them, and headers
+    together(1, train_wide, str(tmp_path / "one"))
     two, one = (record.load(path.with_suffix(".npz")) for path in (checkpoint, alone))
     assert record.differences(whole, two) == [] and two.environment["restarts"] == one.environment["restarts"] == 1
     assert two.processes.tolist() == [2, 2] and one.processes[-1] == 1

@@ -184,6 +184,10 @@ def stepped_every_other_batch(plan, loader, optimizer, scheduler):
         for k, _ in enumerate(loader):
             if k % 2: step(optimizer, scheduler)
 
+@misuse("the epoch gave 12 batches, but the scheduler has counted 0: step it once")
+def stepped_never(plan, loader, optimizer, scheduler):
+    for _ in plan.by_epoch(): list(loader)
+
 @misuse("has given all 21 batches, but the scheduler has counted 1 updates", here=False)
 def stepped_every_epoch(plan, loader, optimizer, scheduler):
     for _ in range(3):
@@ -511,9 +515,3 @@ def test_the_command_warns_in_one_line(tmp_path, capfd, quick):
     assert shown.err.count("\n") == 1
     assert shown.err.startswith("warning: the batch ends at 16, not at max_batch_size 256")
     assert "adabatch-16-16-epochs1-seed0.npz" in shown.out
-
-def test_a_scheduler_that_is_never_stepped_in_an_epoch_is_noticed():
-    plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), samples=512)
-    plan.lr_scheduler(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
-    with pytest.warns(UserWarning, match="the epoch gave 32 batches, but the scheduler has counted 0: step it once"):
-        for _ in plan.by_epoch(): list(plan)

@@ -9,7 +9,7 @@ from adabatch import trainer as engine
 from adabatch.data import Images, load_data
 from adabatch.device import Interrupted, check_device, process_group
 from adabatch.files import save_checkpoint
-from adabatch.loader import micro_batches, shard, split
+from adabatch.loader import micro_batches
 from adabatch.models import get_model
 from adabatch.schedule import adabatch, fixed
 from adabatch.trainer import Trainer
@@ -23,14 +23,6 @@ def trainer(schedule, model=None, data=None, **settings):
 
 def clockless(history): return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-def test_shards_and_micro_batches_cover_every_sample_once():
-    assert split(128, 3) == [43, 43, 42]
-    for batch, size, micro in ((128, 3, 64), (128, 3, 7), (2, 3, 1), (100, 1, 30)):
-        for batch_slice in [(start, min(start + batch, 300)) for start in range(0, 300, batch)]:
-            parts = [micro_batches(shard(batch_slice, rank, size), micro) for rank in range(size)]
-            samples = [i for part in parts for a, b in part for i in range(a, b)]
-            assert samples == list(range(*batch_slice))
 
 def test_micro_batches_are_cut_equal():
     assert micro_batches((0, 683), 342) == [(0, 342), (342, 683)]
@@ -256,28 +248,6 @@ def test_trying_a_batch_leaves_no_trace():
     assert engine.try_size(t.step, t.micro_batch.sample, 4) is None
     assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
     assert all(p.grad is None for p in t.model.parameters())
-
-def test_accumulating_keeps_no_more_however_large_the_batch():
-    kept = {}
-    for batch in (2048, 524_288):
-        images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8).expand(batch, -1, -1, -1)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        data = Images((images, labels), (images[:4], labels[:4]), (0,), (1,), 2, pad=0)
-        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 2))
-        now, most = 0, 0
-        def keep(t):
-            nonlocal now, most
-            now += t.numel() * t.element_size()
-            most = max(most, now)
-            return t.detach()
-        def give(t):
-            nonlocal now
-            now -= t.numel() * t.element_size()
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(keep, give):
-            trainer(fixed(batch, lr=0.1, epochs=1), model, data, micro_batch=2048).fit()
-        kept[batch] = most
-    assert kept[2048] == kept[524_288] > 0
 
 def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     monkeypatch.setattr("torch.utils.data.DataLoader.__init__", lambda *a, **k: pytest.fail("a DataLoader was built"))
