@@ -209,11 +209,11 @@ def wrong_learning_rate(step, *args):
     for group in step.optimizer.param_groups: group["lr"] *= 1.01
     update(step, *args)
 
-def batch_skipped(step, samples, count, weight, batches, sums, clock):
+def batch_skipped(step, samples, count, weight, batches, *others):
     skipped = step.skipped = getattr(step, "skipped", 0) + 1
     if skipped == 2:
         for _ in range(count): next(batches)
-    else: update(step, samples, count, weight, batches, sums, clock)
+    else: update(step, samples, count, weight, batches, *others)
 
 def no_number(step, *args):
     update(step, *args)
