@@ -134,7 +134,7 @@ def decided(folder, name):
     with process_group("cpu"):
         model = small(torch.double)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        trainer = Trainer(model, optimizer, load_data("digits"), fixed(8, lr=0.005, epochs=3), noise_every=1,
+        trainer = Trainer(model, optimizer, load_data("digits"), fixed(8, lr=0.005, epochs=3), micro_batch=3, noise_every=1,
                           grow=partial(grow_by, norm, max_batch_size=64))
         rows = [{n: row[n] for n in ("batch_size", "noise_scale", "train_loss")} for row in trainer.fit()]
         if trainer.world.rank == 0: Path(folder, name).write_text(json.dumps(rows))
