@@ -121,7 +121,7 @@ def test_a_triggered_run_resumes_to_the_bit_and_can_be_made_again_as_a_calendar(
     grown = (np.flatnonzero(np.diff(whole.batch_size)) + 1).tolist()
     assert grown, whole.batch_size
     run = resolve(e(output_dir=str(tmp_path / "cut")))
-    for moment in ((grown[0] - 1, 2), (grown[-1], 1)):  # before it grew, and after
+    for moment in ((grown[0] - 1, 175), (grown[-1], 1)):  # late in an epoch, before it grew; and after
         stop = at_update(moment, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(Interrupted): train.run(run, stop())
     assert record.differences(whole, train.run(run)) == []
@@ -134,8 +134,8 @@ def decided(folder, name):
     with process_group("cpu"):
         model = small(torch.double)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        trainer = Trainer(model, optimizer, load_data("digits"), fixed(8, lr=0.005, epochs=3), micro_batch=3, noise_every=1,
-                          grow=partial(grow_by, norm, max_batch_size=64))
+        trainer = Trainer(model, optimizer, load_data("digits"), fixed(8, lr=0.005, epochs=3), micro_batch=3,
+                          noise_every=1, grow=partial(grow_by, norm, max_batch_size=64))
         rows = [{n: row[n] for n in ("batch_size", "noise_scale", "train_loss")} for row in trainer.fit()]
         if trainer.world.rank == 0: Path(folder, name).write_text(json.dumps(rows))
 
