@@ -24,7 +24,7 @@ from . import WrongType, WrongValue
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
-from .noise import Halves, NoiseScale
+from .noise import FEWEST, Halves, NoiseScale
 from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/07_trainer.ipynb #b40a3f23
@@ -520,6 +520,7 @@ class EpochLoop:
     def train_epoch(self, after_update: Callable):
         "Make the remaining updates of the current epoch. `after_update(updates)` is called after each."
         state, updates = self.state, self.plan.updates_of(self.state.epoch)
+        self.noise.window = max(FEWEST, len(updates) // (self.noise_every or 1))
         self.clock.start()
         left = [self.plan.at(number) for number in updates[state.update:]]
         sizes = [self.micro_batch.find(update.batch_size, state.oom_limit)[0] for update in left]
