@@ -72,8 +72,8 @@ NOT_RECORDED = ("compile", "device", "workers", "data_dir", "output_dir", "save_
 DIVISION = ("processes", "micro_batch")  # how updates are divided: a run may be resumed with others
 
 # %% ../nbs/09_experiment.ipynb #de4d9c25
-_COMMON = dict(growth=2, milestones=None, trigger=None, noise_every=10, warmup_epochs=0, momentum=0.9, weight_decay=5e-4, drop_last=True,
-               processes=1, micro_batch=None, precision="fp32")
+_COMMON = dict(growth=2, milestones=None, trigger=None, noise_every=10, warmup_epochs=0, momentum=0.9,
+               weight_decay=5e-4, drop_last=True, processes=1, micro_batch=None, precision="fp32")
 _CIFAR = _COMMON | dict(epochs=100, every=20, lr=0.01, base_batch_size=128, decay=0.375)
 _DIGITS = _COMMON | dict(noise_every=1, epochs=10, every=2, lr=0.02, base_batch_size=16, decay=0.375,
                          batch_size=16, max_batch_size=256)

@@ -622,8 +622,8 @@ def _network(output_dir):
     text = ("**Between two nodes it saves more, the thinner the wire**: with a core each, AlexNet is trained along the "
             f"growing batch {shown[1000]} times as fast as with the small one at 1 Gbit/s and {shown[100]} times at "
             f"100 Mbit/s (median and range of {len(gains[100])} rounds): it exchanges gradients 2.6 times less often.")
-    if others: text += (f" ResNet-20, with a ninth of the gradients and more to compute, gains nothing on {len(others)} "
-                        f"wires ({min(others):.2f} to {max(others):.2f}).")
+    if others: text += (" ResNet-20, with a ninth of the gradients and more to compute, gains nothing on "
+                        f"{len(others)} wires ({min(others):.2f} to {max(others):.2f}).")
     clear = min(gains[1000]) > 1 and min(gains[100]) > max(gains[1000]) and min(len(gains[r]) for r in (100, 1000)) >= 3
     return Finding(text, clear and all(abs(gain - 1) < 0.1 for gain in others))
 
