@@ -41,8 +41,7 @@ class Experiment:
     every: int | None = _option(None, "epochs between milestones")
     milestones: str | None = _option(None, "epochs of irregular milestones, such as 60,120,160; in place of every")
     growth: float | None = _option(None, "the batch is multiplied by it at a milestone (adabatch)")
-    trigger: str | None = _option(None, f"{', '.join(TRIGGERS)}, or epochs: when the batch grows (adabatch); "
-                                        "then milestones are those of the learning rate of a fixed batch")
+    trigger: str | None = _option(None, ", ".join([*TRIGGERS, "or epochs at which the batch grows, such as 3,5,8"]))
     lr: float | None = _option(None, "initial learning rate")
     lr_decay: float | None = _option(None, "the learning rate is multiplied by it at a milestone")
     warmup_epochs: int | None = _option(None, "epochs over which lr rises to lr * batch_size / base_batch_size")
