@@ -596,7 +596,7 @@ def _resume(loop, saved):
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
     loop.replan(json.loads(saved.get("rows", "[]")))
-    loop.noise.measured = [torch.tensor(m, device=loop.device) for m in saved.get("noise", [])]
+    loop.noise.measured = [torch.tensor(m, dtype=torch.float64) for m in saved.get("noise", [])]
     updates = _updates(loop)
     if saved.get("plan", updates) != updates:
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
