@@ -21,7 +21,7 @@ from . import Rejected, WrongType, WrongValue
 from .data import DATASETS, class_folders
 from .device import PRECISIONS, Interrupted, best_device, check_device, check_gpu_each, launch_variable
 from .models import MODELS, model_name
-from .noise import TRIGGERS
+from .noise import MEASURED, TRIGGERS
 from .schedule import Schedule, adabatch, fixed, shown, whole_number
 
 # %% ../nbs/09_experiment.ipynb #c7620502
@@ -99,7 +99,7 @@ def recipe(
         raise WrongValue(f"{model} does not fit {dataset}: choose from {fitting}")
     values = dict(RECIPES[family, model])
     decay = values.pop("decay")
-    if trigger not in ("noise", "norm"): values["noise_every"] = None
+    if trigger not in MEASURED: values["noise_every"] = None
     if "growth" in signature(SCHEDULES[schedule]).parameters: return values | dict(lr_decay=decay * values["growth"])
     return values | dict(lr_decay=decay, max_batch_size=None, growth=None)
 

@@ -233,8 +233,9 @@ def recommended(
     "The fastest of the measured batch sizes in each epoch; it never shrinks."
     sizes, best = [], min(measurement.rates)
     for scale in noise_scales:
-        times = seconds_to_match(measurement, scale, 1) if scale > 0 else {best: Rounds((0.0,))}
-        best = max(best, min(times, key=lambda size: times[size].median))
+        if scale > 0:
+            times = seconds_to_match(measurement, scale, 1)
+            best = max(best, min(times, key=lambda size: times[size].median))
         sizes.append(best)
     return sizes
 

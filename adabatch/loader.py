@@ -383,11 +383,10 @@ class Plan:
         world_size: int = 1,  # number of processes that share each batch
         micro_batch: int | None = None,  # samples of a micro-batch of a stream, in one process
     ):
-        self._planned, self.samples, self.drop_last = schedule, samples, drop_last
+        self._planned, self.samples, self.drop_last = schedule, whole_number("samples", samples), drop_last
         self._progress, self._epoch, self._order = _Progress(0), None, (None, None)  # of one epoch, kept
         self._scheduler = None
         _unroll(self, [])
-        self.samples = whole_number("samples", samples)
         self.seed = whole_number("seed", seed, least=0, most=2**64 - 1)
         self.world_size = whole_number("world_size", world_size)
         self.rank = whole_number("rank", rank, least=0, most=self.world_size - 1)

@@ -9,7 +9,7 @@ __all__ = ['PHASES', 'TEST_BATCH', 'GRAPHED', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS
            'matching_checkpoint', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/07_trainer.ipynb #85b5762a
-import contextlib, copy, gc, inspect, json, math, signal, time
+import contextlib, gc, inspect, json, math, signal, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from . import WrongType, WrongValue
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard, split
-from .noise import FEWEST, Halves, NoiseScale
+from .noise import FEWEST, Halves, NoiseScale, same_buffers
 from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/07_trainer.ipynb #b40a3f23
@@ -110,11 +110,9 @@ def out_of_memory(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def no_trace(step) -> Iterator[None]:
     "Passes made within leave running statistics as they were, and no gradients."
-    buffers = copy.deepcopy(list(step.model.buffers()))
-    try: yield
-    finally:
-        for b, before in zip(step.model.buffers(), buffers): b.data.copy_(before)
-        step.zero_grad()
+    with same_buffers(step.model):
+        try: yield
+        finally: step.zero_grad()
 
 class Step:
     "The work of one process in an update: forward and backward over its micro-batches, then the optimizer."
@@ -172,8 +170,9 @@ class Step:
         for i in range(1, count + 1):
             x, y = next(batches)
             clock.mark("data")
-            if look: look(x, y)
-            if look: clock.mark(None)
+            if look:
+                look(x, y)
+                clock.mark(None)
             with self.exchanging(i == count):
                 loss, metric = self.forward(self.net, x, y)
                 sums.add(loss.detach(), metric, weight)
@@ -461,11 +460,6 @@ def _check_parts(model, optimizer, loss, precision, micro_batch):
         raise WrongValue("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
                          "loop with a Plan and its lr_scheduler")
 
-def _look(halves, update, slices):
-    "What `Step.update` calls with each micro-batch, to measure the noise scale."
-    starts = iter(start - update.batch[0] for start, _ in slices)
-    return lambda x, y: halves.add(x, y, start=next(starts))
-
 # %% ../nbs/07_trainer.ipynb #f27a9ced
 class EpochLoop:
     "Trains epoch after epoch, in this process as one of several."
@@ -509,6 +503,8 @@ class EpochLoop:
         "Has the training loss become NaN or infinite?"
         return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
 
+    def _loss(self, x, y): return self.step.forward_eager(self.model, x, y)[0]
+
     def replan(self, rows: list[dict]) -> bool:
         "Grow as decided from the finished epochs' rows. Did the plan change?"
         schedule = self.grow(self.planned, rows) if self.grow else self.schedule
@@ -535,8 +531,8 @@ class EpochLoop:
             seed_device(int(seeds[state.update]), self.device)
             samples = update.batch[1] - update.batch[0]
             due = self.noise_every and update.index % self.noise_every == 0
-            halves = Halves(self.model, lambda x, y: self.step.forward_eager(self.model, x, y)[0]) if due else None
-            look = _look(halves, update, slices) if due and weight else None
+            halves = Halves(self.model, self._loss, update.shard[0] - update.batch[0]) if due else None
+            look = halves.add if due and weight else None
             self.step.update(samples, len(slices), weight, batches, state.sums, self.clock, look)
             if due and samples > 1: self.noise.append(halves.moments(self.world.size))
             state.update += 1

@@ -103,7 +103,7 @@ def test_two_processes_killed_at_random_and_carried_on_by_one_and_by_another_mic
     child = program("-m", "adabatch.train", *TWO_EPOCHS, "--processes", "2", "--output_dir", tmp_path)
     checkpoint = tmp_path / "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0.pt"
     wait_for_file(checkpoint, child)
-    time.sleep(random.uniform(0, 0.5))
+    time.sleep(random.Random(1).uniform(0, 0.5))
     for pid in {child.pid, *using(tmp_path)}:  # as when the power goes
         with contextlib.suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
     child.wait()

@@ -58,9 +58,9 @@ def test_shards_of_two_processes_give_the_known_scale(tmp_path):
 def moments_of(processes, micro_batch, rank=0):
     "Of the first 101 training digits."
     digits, model = load_data("digits"), small(torch.double)
-    halves = Halves(model, lambda x, y: cross_entropy(model(x.double()), y))
-    parts = micro_batches(shard((0, 101), rank, processes), micro_batch)
-    for (start, _), batch in zip(parts, digits.train_batches(digits.draw(0, 0), parts)): halves.add(*batch, start=start)
+    part = shard((0, 101), rank, processes)
+    halves = Halves(model, lambda x, y: cross_entropy(model(x.double()), y), part[0])
+    for batch in digits.train_batches(digits.draw(0, 0), micro_batches(part, micro_batch)): halves.add(*batch)
     return halves.moments(processes).tolist()
 
 def divided(folder):
