@@ -68,7 +68,7 @@ def only_imports(source: str) -> bool:
 def notebook_pages(target: Path, datasets: list[str]) -> dict[str, str]:
     "Write the notebooks, executed where `outputs/` has them executed. Returns the label of every code cell by its id."
     labels = {}
-    paths = {p.relative_to(ROOT): p for p in ROOT.glob("nbs/*.ipynb")}
+    paths = {p.relative_to(ROOT): p for p in ROOT.glob("nbs/*.ipynb") if not any(ROOT.glob(f"outputs/*/{p.name}"))}
     paths |= {Path("nbs", p.name): p for p in ROOT.glob("outputs/*.ipynb")}
     paths |= {p.relative_to(ROOT): p for p in ROOT.glob("outputs/*/*.ipynb")}
     for page, path in sorted(paths.items()):
