@@ -20,7 +20,7 @@ from .data import DATASETS, Images, load_data
 from .device import allocator, device_settings, keep_freed_memory
 from .experiment import FIELDS, Experiment, Run, add_options, exit_code, parse, resolve, training_samples
 from .loader import Plan, unroll
-from .schedule import Schedule, fixed
+from .schedule import Schedule, fixed, positive_number
 from .train import device_name, duration, make_trainer
 from .trainer import EpochSums, State, Trainer, prepare
 
@@ -221,7 +221,9 @@ def seconds_to_match(
     noise_scale: float,  # in samples, at this point of the training
     samples: int,  # that a very small batch would need
 ) -> dict[int, Rounds]:
-    "By measured batch size, the seconds to get as far as a very small batch does with so many samples."
+    """By measured batch size, the seconds to get as far as a very small batch does with so many samples. TypeError,
+    ValueError unless the noise scale is a positive number: undetermined, it says nothing."""
+    noise_scale = positive_number("noise_scale", noise_scale)
     factors = {size: samples * (1 + size / noise_scale) for size in measurement.rates}
     return {size: Rounds(tuple(factors[size] / rate for rate in rates.values))
             for size, rates in measurement.rates.items()}

@@ -162,6 +162,7 @@ class _Progress:
         "Go on after `update` updates."
         self.done = whole_number("start", update, least=0, most=self.updates)
         self.first = self.latest = self.drawn = self.done  # where a pass begins; batches drawn, of late and at most
+        self.passing = False  # over all that is left, not an epoch
 
     def warn(self, subject, message, stacklevel=4):
         if subject not in self.warned: warnings.warn(message, stacklevel=stacklevel)
@@ -179,7 +180,7 @@ class _Progress:
         if self.latest == self.updates and self.first < self.done < (self.first + self.updates) / 2:
             self.warn("count", f"the plan has given all {self.updates} batches, but the scheduler has counted "
                       f"{self.done} updates: step it once after each batch")
-        self.first = self.done
+        self.first, self.passing = self.done, True
         if self.first == self.updates and self.drawing:
             self.warn("end", f"all {self.updates} updates are done, and no batches are left: iterate the loader once, "
                       "or in a loop over plan.by_epoch(); plan.start = 0 begins again")
@@ -212,24 +213,30 @@ class _Progress:
 class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     "The planned learning rates. Every step counts an update."
     def __init__(self, optimizer, plan):
-        base, self._progress = plan.schedule.base_lr, plan._progress
+        base, self._plan = plan.schedule.base_lr, plan
         def factor(update): return plan.lr(min(update, plan.updates - 1)) / base
         super().__init__(optimizer, factor, plan._progress.done - 1)
 
     def step(self, *epoch):
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
             if not isinstance(planned, torch.Tensor) and group["lr"] != planned:  # a tensor would wait for its GPU
-                self._progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
+                self._plan._progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
                                     "planned: nothing else may set it, no other scheduler either", 3)
         super().step(*epoch)
-        self._progress.count(self.last_epoch)
+        self._plan._progress.count(self.last_epoch)
 
     def look_up(self):
         "Set the learning rates again, of a plan that has changed."
         self._last_lr = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas)]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr): group["lr"] = lr
 
-    def state_dict(self): return {name: value for name, value in super().state_dict().items() if name != "_progress"}
+    def state_dict(self):
+        grown = {"grown": self._plan._grown} if self._plan._grown else {}
+        return {name: value for name, value in super().state_dict().items() if name != "_plan"} | grown
+
+    def load_state_dict(self, state):
+        if state.get("grown"): _unroll(self._plan, state["grown"])
+        super().load_state_dict({name: value for name, value in state.items() if name != "grown"})
 
 def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """A scheduler to step after every update, beginning at `start`, which it counts up.
@@ -310,16 +317,25 @@ def _unroll(plan, grown):
     "The segments of the schedule as it has `grown`: at which epochs, by which factor."
     schedule = plan._planned
     for epoch, growth in grown: schedule = schedule.grown(epoch, growth)
-    plan.schedule, plan._grown, plan.segments = schedule, grown, unroll(schedule, plan.samples, plan.drop_last)
-    total = sum(s.epochs * s.updates for s in plan.segments)
-    plan.updates = plan._progress.updates = whole_number("the number of updates in the whole training", total)
+    segments = unroll(schedule, plan.samples, plan.drop_last)
+    total = sum(s.epochs * s.updates for s in segments)
+    updates = whole_number("the number of updates in the whole training", total)
+    _check_micro_batch(plan, segments)
+    plan.schedule, plan._grown, plan.segments = schedule, grown, segments
+    plan.updates = plan._progress.updates = updates
 
 def _grow(plan: "Plan", growth: float = 2):
     """Between epochs, or within one for the next: from there on a batch `growth` times as large, and LR / batch as
     planned. ValueError in the last epoch, in a warm-up, or for a batch larger than the training set."""
-    epoch = plan.at(plan._progress.done).epoch if plan._epoch is None else plan._epoch + 1
-    if plan._epoch is None and plan.updates_of(epoch).start != plan._progress.done:
+    done, epoch = plan._progress.done, plan.schedule.epochs  # if all is done
+    if plan._epoch is not None: epoch = plan._epoch + 1
+    elif done < plan.updates: epoch = plan.at(done).epoch
+    if plan._epoch is None and (plan._progress.passing or done < plan.updates and plan.updates_of(epoch).start != done):
         raise WrongValue("a plan grows between epochs: use a loop over plan.by_epoch()")
+    if epoch == 0: raise WrongValue("a plan grows after its first epoch: give it a schedule that begins as large")
+    if epoch == plan.schedule.epochs: raise WrongValue("a plan cannot grow in its last epoch, or after it")
+    if plan._grown and plan._grown[-1][0] == epoch:
+        raise WrongValue(f"the plan already grows for epoch {epoch}: grow it once, by the entire factor")
     _unroll(plan, [*plan._grown, [epoch, growth]])
     if plan._scheduler: plan._scheduler.look_up()
 
@@ -331,17 +347,16 @@ class Part:
     weight: float  # factor for its mean loss; the weights of an update sum to 1 in each process
     last: bool  # does the update end with it?
 
-def _micro_batch(plan, size):
-    "`size` as an `int`. ValueError unless every update is a whole number of micro-batches, as many in each process."
-    if size is None: return None
-    unit = (micro_batch := whole_number("micro_batch", size)) * plan.world_size
-    for size in [s.stage.batch_size for s in plan.segments] + [plan.samples] * (not plan.drop_last):
+def _check_micro_batch(plan, segments):
+    "ValueError unless every update is a whole number of micro-batches, as many in each process."
+    if plan.micro_batch is None: return
+    unit = plan.micro_batch * plan.world_size
+    for size in [s.stage.batch_size for s in segments] + [plan.samples] * (not plan.drop_last):
         below = size - size % unit
         if below == size: continue
         nearest = f"the nearest are {below:,} and {below + unit:,}" if below else f"the nearest is {unit:,}"
-        raise WrongValue(f"{size:,} samples are no whole number of micro-batches of {micro_batch:,} on "
+        raise WrongValue(f"{size:,} samples are no whole number of micro-batches of {plan.micro_batch:,} on "
                          f"{plan.world_size:,} process{'es' * (plan.world_size > 1)}: {nearest}")
-    return micro_batch
 
 def _parts(plan, stream):
     for update in map(plan.at, range(plan._progress.first, _end(plan))):
@@ -386,11 +401,11 @@ class Plan:
         self._planned, self.samples, self.drop_last = schedule, whole_number("samples", samples), drop_last
         self._progress, self._epoch, self._order = _Progress(0), None, (None, None)  # of one epoch, kept
         self._scheduler = None
-        _unroll(self, [])
         self.seed = whole_number("seed", seed, least=0, most=2**64 - 1)
         self.world_size = whole_number("world_size", world_size)
         self.rank = whole_number("rank", rank, least=0, most=self.world_size - 1)
-        self.micro_batch = _micro_batch(self, micro_batch)
+        self.micro_batch = None if micro_batch is None else whole_number("micro_batch", micro_batch)
+        _unroll(self, [])
 
     def at(self, update: int) -> Update:
         "Everything about an update, counted from 0. ValueError if there is no such update."

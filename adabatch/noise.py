@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .schedule import Schedule
+from . import WrongType, WrongValue
+from .schedule import Schedule, shown, whole_number
 
 # %% ../nbs/06_noise.ipynb #5a0bbbc9
 def moments(
@@ -38,9 +39,10 @@ class Estimate:
     value: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    reason: str = ""  # why it is undetermined
 
     def __str__(self):
-        if math.isnan(self.value): return "undetermined"
+        if math.isnan(self.value): return f"undetermined, {self.reason}"
         return f"{self.value:,.0f} ({self.low:,.0f} to {self.high:,.0f})"
 
 def estimate(
@@ -48,12 +50,14 @@ def estimate(
 ) -> Estimate:
     "The noise scale from the moments of several updates. Undetermined from fewer than 20, or without a signal."
     measured = np.asarray(measured, float).reshape(-1, 2)
-    if len(measured) < FEWEST or not np.isfinite(measured).all(): return Estimate()
+    if len(measured) < FEWEST: return Estimate(reason=f"{len(measured)} of at least {FEWEST} updates")
+    if not np.isfinite(measured).all(): return Estimate(reason="infinite gradients")
     blocks, mean = np.array_split(measured, BLOCKS), measured.mean(0)
     without = np.array([(measured.sum(0) - block.sum(0)) / (len(measured) - len(block)) for block in blocks])
     def half(values): return STUDENT * math.sqrt((BLOCKS - 1) * values.var())
-    if mean[1] <= half(without[:, 1]) or without.min() <= 0 or mean[0] <= 0: return Estimate()
-    value, factor = mean[0] / mean[1], math.exp(half(np.log(without[:, 0] / without[:, 1])))
+    if mean[1] <= half(without[:, 1]) or without.min() <= 0 or mean[0] <= 0:
+        return Estimate(reason="no signal above the noise")
+    value, factor = float(mean[0] / mean[1]), math.exp(half(np.log(without[:, 0] / without[:, 1])))
     return Estimate(value, value / factor, value * factor)
 
 # %% ../nbs/06_noise.ipynb #cdae5016
@@ -108,14 +112,18 @@ class NoiseScale:
         model: torch.nn.Module,
         window: int = FEWEST,  # measured updates that an estimate rests on
     ):
-        self.model, self.window, self.measured = model, window, []
-        self._before, self._squares, self._pieces = 0.0, 0.0, 0
+        self.model, self.measured = model, []
+        self.window = whole_number("window", window, least=FEWEST)
+        self._before, self._squares, self._pieces = 0.0, 0.0, []
 
     def measure(self, loss: Callable, *batch: torch.Tensor):
-        "Two passes over halves of a batch; `loss(*batch)` is a mean over its samples. Leaves no trace."
+        """Two passes over halves of a batch; `loss(*batch)` is a mean over its samples. Leaves no trace. A batch of a
+        single sample says nothing. TypeError unless the batch consists of tensors."""
+        for t in batch:
+            if not isinstance(t, torch.Tensor): raise WrongType(f"a batch is given as its tensors, not as {shown(t)}")
         halves = Halves(self.model, lambda *part: loss(*part) * len(part[0]))
         halves.add(*batch)
-        self.append(halves.moments())
+        if (measured := halves.moments()) is not None: self.append(measured)
 
     def append(self, measured: torch.Tensor | Sequence[float]):
         "The `moments` of an update."
@@ -125,21 +133,36 @@ class NoiseScale:
         "The noise scale, with its interval. Waits for the device."
         return estimate([m.tolist() for m in self.measured])
 
-    def _gradient(self): return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+    def _gradient(self):
+        found = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
+        if not found: raise WrongValue("there are no gradients: call this after the backward pass, before zero_grad")
+        return torch.cat(found)
+
+    def state_dict(self) -> dict:
+        "The latest moments, for a checkpoint."
+        return {"measured": [list(map(float, m)) for m in self.measured]}
+
+    def load_state_dict(self, state: dict):
+        "Go on from what `state_dict` gave."
+        self.measured = [torch.tensor(m, dtype=torch.float64) for m in state["measured"]]
 
     def accumulated(self,
         weight: float,  # that the mean loss of the micro-batch was multiplied by
         samples: int,  # in the micro-batch, the same in all of an update
         last: bool,  # does the update end with it?
     ):
-        "Call after the backward pass of each micro-batch. An update of a single one says nothing."
+        """Call after the backward pass of each micro-batch. An update of a single one says nothing. ValueError unless
+        those of an update are equal, and their weights sum to 1."""
         gradient = self._gradient()
         self._squares += ((gradient - self._before) / weight).square().sum()
-        self._before, self._pieces = gradient, self._pieces + 1
+        self._before = gradient
+        self._pieces.append((weight, samples))
         if not last: return
-        if (k := self._pieces) > 1:
-            self.append(torch.stack(moments(self._squares / k, gradient.square().sum(), samples, k)))
-        self._before, self._squares, self._pieces = 0.0, 0.0, 0
+        (weights, sizes), k = zip(*self._pieces), len(self._pieces)
+        if abs(sum(weights) - 1) > 1e-6: raise WrongValue(f"the weights of an update sum to {sum(weights):g}, not to 1")
+        if len(set(sizes)) > 1: raise WrongValue(f"the micro-batches of an update must be equal, not {shown(sizes)}")
+        if k > 1: self.append(torch.stack(moments(self._squares / k, gradient.square().sum(), samples, k)))
+        self._before, self._squares, self._pieces = 0.0, 0.0, []
 
     def watch(self, ddp: torch.nn.parallel.DistributedDataParallel):
         "Look at each process's gradients before they are exchanged."

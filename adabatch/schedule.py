@@ -110,8 +110,9 @@ def _with_growth(schedule: "Schedule", epoch: int, growth: float = 2) -> "Schedu
     """The schedule with a batch `growth` times as large from `epoch` on, in all later stages, too. The learning rate
     grows with it, or as a curve's rule says. ValueError outside of the training, or in a warm-up."""
     epoch = whole_number("epoch", epoch, most=schedule.epochs - 1)
-    if epoch < schedule.warmup_epochs: raise WrongValue(f"a batch cannot grow in a warm-up, which ends at {epoch}")
-    growth = positive_number("growth", growth)
+    if epoch < schedule.warmup_epochs:
+        raise WrongValue(f"a batch cannot grow in a warm-up, which ends at {schedule.warmup_epochs}")
+    if (growth := positive_number("growth", growth)) <= 1: raise WrongValue(f"growth must be more than 1, not {growth}")
     factor = growth if schedule.curve is None else growth**schedule.curve.power
     later = [replace(schedule.at(epoch), start=epoch), *(s for s in schedule.stages if s.start > epoch)]
     grown = [Stage(s.start, round(s.batch_size * growth), s.lr * factor) for s in later]

@@ -592,7 +592,7 @@ def _resume(loop, saved):
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
     loop.replan(json.loads(saved.get("rows", "[]")))
-    loop.noise.measured = [torch.tensor(m, dtype=torch.float64) for m in saved.get("noise", [])]
+    if "noise" in saved: loop.noise.load_state_dict(saved["noise"])
     updates = _updates(loop)
     if saved.get("plan", updates) != updates:
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
@@ -658,6 +658,6 @@ class Trainer(EpochLoop):
         self.clock.start()
 
     def _save(self, saver):
-        noise = [m.tolist() for m in self.noise.measured]
-        parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(), noise=noise)
+        parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                     noise=self.noise.state_dict())
         saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=_updates(self)))

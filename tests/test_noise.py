@@ -1,6 +1,7 @@
 """The noise scale, where it is known; training with the instrument on; growth that is decided while training."""
 
 import json, math, signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from adabatch import Plan, Trainer, fixed, record, train
 from adabatch.data import load_data
 from adabatch.device import Interrupted, process_group
 from adabatch.experiment import Experiment, resolve
+from adabatch.forecast import seconds_to_match
 from adabatch.loader import micro_batches, shard
 from adabatch.noise import Halves, NoiseScale, estimate, grow_by, norm
 from adabatch.trainer import cross_entropy
@@ -85,9 +87,37 @@ def test_pieces_of_accumulation_are_those_that_were_accumulated():
     expected = (squares - mean.square().sum()) / (1 / 8 - 1 / 32), (32 * mean.square().sum() - 8 * squares) / 24
     np.testing.assert_allclose(scale.measured[0].tolist(), [e.item() for e in expected], rtol=1e-4)
 
-@pytest.mark.parametrize("measured", [[(1.0, 1.0)] * 19, [(1.0, -1.0), (1.0, 1.0)] * 20, [(math.nan, 1.0)] * 40,
-                                      [(-1.0, 1.0)] * 40])
-def test_without_signal_or_updates_it_is_undetermined(measured): assert str(estimate(measured)) == "undetermined"
+@pytest.mark.parametrize("measured, reason", [
+    ([(1.0, 1.0)] * 19, "19 of at least 20 updates"), ([(1.0, -1.0), (1.0, 1.0)] * 20, "no signal above the noise"),
+    ([(math.nan, 1.0)] * 40, "infinite gradients"), ([(-1.0, 1.0)] * 40, "no signal above the noise")])
+def test_without_signal_or_updates_it_is_undetermined(measured, reason):
+    assert str(estimate(measured)) == f"undetermined, {reason}"
+
+def test_its_state_goes_into_a_checkpoint_and_comes_back(tmp_path):
+    scale, again, generator = NoiseScale(model := linear()), NoiseScale(model), torch.Generator().manual_seed(0)
+    for _ in range(25): scale.measure(partial(half_squared_error, model), *regression(generator, 64))
+    torch.save(dict(noise=scale.state_dict(), rows=[asdict(scale.estimate())]), tmp_path / "checkpoint")
+    saved = torch.load(tmp_path / "checkpoint")  # weights_only: no types but Python's and tensors
+    again.load_state_dict(saved["noise"])
+    assert asdict(again.estimate()) == saved["rows"][0] and again.estimate().value > 0
+
+def accumulate(parts):
+    scale, model = NoiseScale(model := linear()), model
+    for k, (weight, samples) in enumerate(parts, 1):
+        (half_squared_error(model, *regression(torch.Generator().manual_seed(k), samples)) / 4).backward()
+        scale.accumulated(weight, samples, last=k == len(parts))
+
+@pytest.mark.parametrize("misuse, message", [
+    (lambda: accumulate([(1 / 3, 8)] * 4), "the weights of an update sum to 1.33333, not to 1"),
+    (lambda: accumulate([(0, 8)] * 4), "the weights of an update sum to 0, not to 1"),
+    (lambda: accumulate([(1 / 4, 8)] * 3 + [(1 / 4, 2)]), r"must be equal, not \(8, 8, 8, 2\)"),
+    (lambda: NoiseScale(linear()).accumulated(1, 8, last=True), "there are no gradients"),
+    (lambda: NoiseScale(linear()).measure(len, "x", "y"), "a batch is given as its tensors, not as 'x'"),
+    (lambda: NoiseScale(linear(), window=10), "window must be at least 20, not 10"),
+    (lambda: seconds_to_match(None, math.nan, 1), "noise_scale must be"),
+])
+def test_what_would_measure_something_else_is_refused(misuse, message):
+    with pytest.raises((TypeError, ValueError), match=message): misuse()
 
 NETWORKS = {
     "plain": small,
@@ -195,12 +225,52 @@ def test_a_plan_that_has_grown_resumes_with_the_same_samples_and_rates(workers):
     first, state = loop({0, 2}, stop=20)
     assert first + loop({2}, state)[0] == whole
 
-def test_a_plan_grows_between_epochs_only():
+def test_the_schedulers_state_says_how_a_plan_has_grown():
+    def made():
+        plan = Plan(fixed(8, lr=0.1, epochs=3), 100)
+        return plan, plan.lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    plan, scheduler = made()
+    for _ in plan.by_epoch():
+        for _ in plan: scheduler.step()
+        if len(plan.state_dict()) == 1: plan.grow()
+        else: break
+    again, resumed = made()
+    resumed.load_state_dict(scheduler.state_dict())
+    again.start = resumed.last_epoch
+    assert again.state_dict() == plan.state_dict() == {"update": 18, "grown": [[1, 2]]}
+    assert resumed.get_last_lr() == [0.2] and list(again)[0] == list(plan)[0]
+
+def in_epoch(plan, epoch, *growth):
+    for now in plan.by_epoch():
+        if now != epoch: continue
+        for factor in growth: plan.grow(factor)
+
+def after(plan, update, growth=2):
+    plan.start = update
+    plan.grow(growth)
+
+@pytest.mark.parametrize("misuse, message", [
+    (lambda plan: after(plan, 3), "a plan grows between epochs"),
+    (lambda plan: after(plan, 0), "a plan grows after its first epoch"),
+    (lambda plan: after(plan, 24), "a plan cannot grow in its last epoch, or after it"),
+    (lambda plan: after(plan, 12, 32), "batch size 256 is larger than the training set"),
+    (lambda plan: after(plan, 12, 0.5), "growth must be more than 1, not 0.5"),
+    (lambda plan: after(plan, 12, 1.1), "9 samples are no whole number of micro-batches of 2"),
+    (lambda plan: in_epoch(plan, 1, 2), "a plan cannot grow in its last epoch"),
+    (lambda plan: in_epoch(plan, 0, 2, 2), "the plan already grows for epoch 1"),
+])
+def test_a_plan_grows_once_between_epochs_as_far_as_it_can(misuse, message):
+    plan = Plan(fixed(8, lr=0.1, epochs=2), 100, micro_batch=2)
+    with pytest.raises(ValueError, match=message): misuse(plan)
+    assert plan.schedule.stages[-1].batch_size == 8 * 2 ** len(plan._grown) and len(plan._grown) < 2
+
+def test_a_plan_does_not_grow_under_a_loop_over_all_of_it():
     plan = Plan(fixed(8, lr=0.1, epochs=2), 100)
-    plan.start = 3
+    scheduler = plan.lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
+    for _ in plan:
+        scheduler.step()
+        if plan.start == 12: break
     with pytest.raises(ValueError, match="a plan grows between epochs"): plan.grow()
-    plan.start = 12
+    plan.start = 12  # as when it is resumed
     plan.grow()
     assert len(plan) == 6
-    with pytest.raises(ValueError, match="batch size 128 is larger than the training set"): plan.grow(8)
-    assert plan.updates == 18 and plan.state_dict() == {"update": 12, "grown": [[1, 2]]}
