@@ -218,12 +218,13 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, factor, plan._progress.done - 1)
 
     def step(self, *epoch):
+        progress = self._plan._progress
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
             if not isinstance(planned, torch.Tensor) and group["lr"] != planned:  # a tensor would wait for its GPU
-                self._plan._progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
-                                    "planned: nothing else may set it, no other scheduler either", 3)
+                progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as planned: "
+                              "nothing else may set it, no other scheduler either", 3)
         super().step(*epoch)
-        self._plan._progress.count(self.last_epoch)
+        progress.count(self.last_epoch)
 
     def look_up(self):
         "Set the learning rates again, of a plan that has changed."
