@@ -221,8 +221,8 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
         progress = self._plan._progress
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
             if not isinstance(planned, torch.Tensor) and group["lr"] != planned:  # a tensor would wait for its GPU
-                progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as planned: "
-                              "nothing else may set it, no other scheduler either", 3)
+                progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
+                              "planned: nothing else may set it, no other scheduler either", 3)
         super().step(*epoch)
         progress.count(self.last_epoch)
 
