@@ -544,7 +544,7 @@ def _digits(evidence, verdicts):
     text = (f"**On digits growth costs AlexNet something**: {alexnet.difference:.2f} points ({alexnet.n}, paired 90 % "
             f"interval {_interval(alexnet.paired)}); whether less than one is not decided. ResNet-20 ends within one "
             f"point ({resnet.difference:+.2f}, {resnet.n}), VGG19_BN is not decided ({vgg.difference:+.2f}, {vgg.n}). "
-            f"The test loss of AlexNet ends higher, by {losses[0][0]:.3f}, and so does ResNet-20's, by {losses[1][0]:.3f}.")
+            f"The test loss of AlexNet ends higher, by {losses[0][0]:.3f}, as does ResNet-20's, by {losses[1][0]:.3f}.")
     words = [v.word for v in (alexnet, resnet, vgg)] == ["not decided", "holds", "not decided"]
     higher = all(interval and interval[0] > 0 for _, interval in losses)
     return Finding(text, words and alexnet.paired[0] > 0 and higher)
@@ -618,8 +618,8 @@ def _network(output_dir):
     if not {100, 1000, 10_000} <= gains.keys(): return None
     shown = {rate: f"{np.median(seen):.2f} ({min(seen):.2f} to {max(seen):.2f})" for rate, seen in gains.items()}
     text = (f"**Between two nodes it saves more, the thinner the wire**: AlexNet is trained {shown[10_000]} times as "
-            f"fast at 10 Gbit/s, {shown[1000]} at 1 Gbit/s and {shown[100]} at 100 Mbit/s (nodes of one core, median and "
-            f"range of {len(gains[100])} rounds), as it exchanges gradients 2.6 times less often.")
+            f"fast at 10 Gbit/s, {shown[1000]} at 1 Gbit/s and {shown[100]} at 100 Mbit/s (nodes of one core, median "
+            f"and range of {len(gains[100])} rounds), as it exchanges gradients 2.6 times less often.")
     if others: text += (f" ResNet-20, with a ninth of the gradients, gains nothing on {len(others)} wires "
                         f"({min(others):.2f} to {max(others):.2f}).")
     ordered = min(gains[100]) > max(gains[1000]) and np.median(gains[1000]) > np.median(gains[10_000])
