@@ -232,8 +232,8 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
         for group, lr in zip(self.optimizer.param_groups, self._last_lr): group["lr"] = lr
 
     def state_dict(self):
-        grown = {"grown": self._plan._grown} if self._plan._grown else {}
-        return {name: value for name, value in super().state_dict().items() if name != "_plan"} | grown
+        own = {name: value for name, value in super().state_dict().items() if name != "_plan"}
+        return own | _growth(self._plan)
 
     def load_state_dict(self, state):
         if state.get("grown"): _unroll(self._plan, state["grown"])
@@ -301,7 +301,9 @@ def _by_epoch(plan: "Plan") -> Iterator[int]:
             plan.start = _end(plan)
     finally: plan._epoch = None
 
-def _state(plan, update): return {"update": update} | ({"grown": plan._grown} if plan._grown else {})
+def _growth(plan): return {"grown": plan._grown} if plan._grown else {}
+
+def _state(plan, update): return {"update": update} | _growth(plan)
 
 def _state_dict(plan: "Plan") -> dict:
     "The number of updates done, and how the plan has grown."

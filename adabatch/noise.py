@@ -131,7 +131,7 @@ class NoiseScale:
 
     def estimate(self) -> Estimate:
         "The noise scale, with its interval. Waits for the device."
-        return estimate([m.tolist() for m in self.measured])
+        return estimate(self.state_dict()["measured"])
 
     def _gradient(self):
         found = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
@@ -140,7 +140,7 @@ class NoiseScale:
 
     def state_dict(self) -> dict:
         "The latest moments, for a checkpoint."
-        return {"measured": [list(map(float, m)) for m in self.measured]}
+        return {"measured": [m.tolist() for m in self.measured]}
 
     def load_state_dict(self, state: dict):
         "Go on from what `state_dict` gave."
