@@ -33,7 +33,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 class PhaseClock:
     "Adds up the seconds of each phase between `start` and `read`."
     def __init__(self, device: torch.device):
-        self.device, self.cuda = device, device.type == "cuda"
+        self.device, self.cuda, self.mps = device, device.type == "cuda", device.type == "mps"
         self.source = "CUDA events" if self.cuda else "perf_counter"  # where the times come from
 
     def start(self):
@@ -43,7 +43,7 @@ class PhaseClock:
 
     def mark(self, phase: str | None):
         "Attribute the time since the last mark to `phase`; None: to no phase."
-        if self.device.type == "mps": torch.mps.synchronize()
+        if self.mps: torch.mps.synchronize()
         now = torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter()
         if self.cuda: now.record(torch.cuda.current_stream(self.device))
         self.marks.append((phase, now))
@@ -144,7 +144,7 @@ class Step:
 
     def backward(self, loss: torch.Tensor, factor: float):
         "Add `factor` times the gradient of the loss."
-        (loss * factor).backward()
+        loss.backward(loss.new_full((), factor))
 
     def make_graph(self, x: torch.Tensor, y: torch.Tensor):
         "Compile for the shape of this batch."
