@@ -86,12 +86,7 @@ RECIPES = {  # (data, network) -> values; `decay` is that of the effective learn
 }
 
 # %% ../nbs/09_experiment.ipynb #b2a52f64
-def recipe(
-    model: str,
-    dataset: str,
-    schedule: str,  # one of SCHEDULES
-    trigger: str | None = None,
-) -> dict:  # field -> value
+def recipe(model: str, dataset: str, schedule: str, trigger: str | None = None) -> dict:
     "The values that `None` stands for. ValueError for a network that does not fit the data."
     family = DATASETS.get(dataset, DATASETS["imagenet"]).family
     if (family, model) not in RECIPES:
@@ -186,8 +181,7 @@ def _check_ranges(e):
     "ValueError for numbers out of range; the schedule checks its own."
     choose("precision", e.precision, PRECISIONS)
     for name in ("micro_batch", "processes", "noise_every"):
-        value = getattr(e, name)
-        if value is not None and value < 1: raise WrongValue(f"{name} must be at least 1, not {value}")
+        if getattr(e, name) is not None: whole_number(name, getattr(e, name))
     if e.workers is not None and e.workers < 0: raise WrongValue(f"workers must not be negative, not {e.workers}")
     for name in ("momentum", "weight_decay", "seed", "checkpoint_minutes"):
         value = getattr(e, name)
@@ -293,12 +287,13 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
 }
 
 def _cpu():
-    "What two CPU cores can give: the controls, four pairs of AlexNet, its large batch, ResNet-20 at a fifth."
+    "What two CPU cores can give: the controls, four pairs of AlexNet, its large batch, four pairs at a fifth."
     both = "adabatch", "fixed"
     pairs = [Experiment("alexnet", d, s, seed=seed) for d in ("cifar10", "cifar100") for seed in range(4) for s in both]
     large = [Experiment("alexnet", d, "fixed", 4096) for d in ("cifar10", "cifar100")]
-    resnet = [Experiment("resnet20", "cifar10", s, epochs=20, every=4, seed=seed) for seed in range(4) for s in both]
-    return GRIDS["controls"] + pairs + large + resnet
+    fifth = [Experiment(m, "cifar10", s, epochs=20, every=4, seed=seed)
+             for m in ("alexnet", "resnet20") for seed in range(4) for s in both]
+    return GRIDS["controls"] + pairs + large + fifth
 
 GRIDS = {
     "paper": [e for d in ("cifar10", "cifar100") for m in NETWORKS for e in three_arms(m, d)]  # one device

@@ -295,7 +295,6 @@ def _say(runs, seconds, cluster):
     if several: lines = [f"batch {n}: beyond {most_nodes(n, found, *where)} nodes hardly any gain" for n in stages]
     else: lines = advice(found, has_batch_norm(trainer.model))
     print(*lines, sep="\n", flush=True)
-    return predict(runs[1].schedule, samples, found, e.drop_last, *where)
 
 # %% ../nbs/14_forecast.ipynb #f9348b7c
 UNITS = dict(Gbit=1e9, Mbit=1e6, us=1e-6, ms=1e-3)  # in bits a second, in seconds
@@ -311,16 +310,11 @@ def quantity(*units: str) -> Callable[[str], float]:
 
 # %% ../nbs/14_forecast.ipynb #386859e3
 def _command(e, seconds, cluster):
-    "Measure what was asked for; with `compile`, uncompiled and then compiled for half the time each."
+    "Measure what was asked for."
     if not 0 <= seconds <= 86_400: raise WrongValue(f"seconds must be from 0 to 86,400 (a day), not {seconds}")
     if cluster.nodes < 1: raise WrongValue(f"nodes must be at least 1, not {cluster.nodes}")
     if cluster.nodes > 1 and cluster.bandwidth == math.inf: raise WrongValue("nodes need a bandwidth between them")
-    if not e.compile:
-        _say(fixed_and_growing(e), seconds, cluster)
-        return
-    plain, compiled = (_say(fixed_and_growing(replace(e, compile=c)), seconds / 2, cluster) for c in (False, True))
-    better = "yes" if compiled.high < plain.low else "no" if compiled.low > plain.high else "makes no clear difference"
-    print(f"compile: {better}, {plain.median / compiled.median:.2f} times as fast; compiling itself is not counted")
+    _say(fixed_and_growing(e), seconds, cluster)
 
 def main(argv: list[str] | None = None) -> int:
     "The command `python -m adabatch.forecast`."

@@ -223,8 +223,8 @@ def original_rates(device: str, updates: int = 100, batch_size: int = 128, round
 # %% ../nbs/15_gpu.ipynb #04a73b7c
 def _rate(rows, model, batch_size, way):
     "Median; 0 if it was not measured."
-    fitting = [row["rates"] for row in rows if (row["model"], row["batch_size"]) == (model, batch_size) and
-               (row["precision"], row["compile"], row["layout"]) == (way.precision, way.compile, way.layout)]
+    wanted = dict(model=model, batch_size=batch_size, **asdict(way)).items()
+    fitting = [row["rates"] for row in rows if wanted <= row.items()]
     return statistics.median(fitting[0]) if fitting else 0.0
 
 def _sizes(model):
@@ -234,13 +234,10 @@ def _sizes(model):
 def choose_way(rows: list[dict], model: str, graphs: bool = True) -> Way:
     "The way in which to train a network, if it was measured; else fp32."
     small = min((row["batch_size"] for row in rows if row["model"] == model), default=0)
-    best = {}  # of each precision
-    for precision in ("tf32", "bf16"):
-        ways = [Way(precision, compile) for compile in ((False, True) if graphs else (False,))]
-        best[precision] = max(ways, key=lambda way: _rate(rows, model, small, way))
-    tf32, bf16 = (_rate(rows, model, small, best[precision]) for precision in ("tf32", "bf16"))
-    if not max(tf32, bf16): return Way()
-    return best["bf16" if 0.9 * bf16 > tf32 else "tf32"]
+    def worth(way): return _rate(rows, model, small, way) * (0.9 if way.precision == "bf16" else 1)
+    ways = [Way(precision, compile) for precision in ("tf32", "bf16") for compile in (False, True)[:1 + graphs]]
+    best = max(ways, key=worth)
+    return best if worth(best) else Way()
 
 def seconds_of(run: Run, rows: list[dict], way: Way, samples: int) -> float | None:
     "How long a run will take, tests included; None if nothing like it was measured."

@@ -84,10 +84,7 @@ def model_name(name: str) -> str:
     if known is None: raise WrongValue(f"unknown model {name!r:.60}: choose from {', '.join(MODELS)}")
     return known
 
-def get_model(
-    name: str,  # one of `MODELS`
-    num_classes: int = 10,
-) -> nn.Module:
+def get_model(name: str, num_classes: int = 10) -> nn.Module:
     "A network by name, initialised from PyTorch's random state. ValueError for an unknown name or no classes."
     build = MODELS[model_name(name)]
     if not isinstance(num_classes, int) or num_classes < 1:

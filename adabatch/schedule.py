@@ -8,7 +8,7 @@ __all__ = ['LARGEST', 'MOST_STAGES', 'RULES', 'Stage', 'shown', 'whole_number', 
 
 # %% ../nbs/00_schedule.ipynb #256735b4
 import copy, inspect, math, operator, warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,12 +34,7 @@ def shown(value) -> str:
     except ValueError: return "a number with thousands of digits"
     return text if len(text) <= 60 else text[:60] + "..."
 
-def whole_number(
-    name: str,  # its name in the message
-    value: int,
-    least: int = 1,
-    most: int = LARGEST,
-) -> int:
+def whole_number(name: str, value: int, least: int = 1, most: int = LARGEST) -> int:
     "`value` as an `int`. TypeError unless it is an integer, ValueError if it is out of range."
     try: number = operator.index(value)
     except TypeError: number = None
@@ -49,10 +44,7 @@ def whole_number(
     if number > most: raise WrongValue(f"{name} must be at most {most}, not {shown(number)}")
     return number
 
-def real_number(
-    name: str,  # its name in the message
-    value: float,
-) -> float:
+def real_number(name: str, value: float) -> float:
     "`value` as a `float`. TypeError unless it is a number, ValueError unless it is finite."
     if isinstance(value, (bool, str)) or getattr(value, "shape", ()) or not hasattr(value, "__float__"):
         raise WrongType(f"{name} must be a number, not {shown(value)}")
@@ -61,10 +53,7 @@ def real_number(
     if not math.isfinite(number): raise WrongValue(f"{name} must be finite, not {shown(value)}")
     return number
 
-def positive_number(
-    name: str,  # its name in the message
-    value: float,
-) -> float:
+def positive_number(name: str, value: float) -> float:
     "`value` as a `float`. TypeError unless it is a number, ValueError unless it is positive and finite."
     try: number = real_number(name, value)
     except ValueError: number = 0.0
@@ -329,13 +318,6 @@ def _values(scheduler, steps):
     return tuple(values)
 
 # %% ../nbs/00_schedule.ipynb #24a3a381
-def _first_below(value, bound, low, high):
-    "The smallest k of `low < k <= high` with `value(k) <= bound`, which holds at `high`."
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if value(middle) <= bound else (middle, high)
-    return high
-
 def _falls(value, points, growth, most):
     "Points k at which `value(k)` has fallen by another factor of `growth`, at most `most` of them; and its peak."
     k, reference, peak = 0, value(0), None
@@ -344,7 +326,7 @@ def _falls(value, points, growth, most):
         ahead = min(k + stride, points - 1)
         bound = reference / growth * (1 + 1e-9)  # 0.1 * 0.1 is more than 0.1 / 10
         if 0 < value(ahead) <= bound and len(falls) < most:
-            k = _first_below(value, bound, k, ahead)
+            k += 1 + bisect_left(range(k + 1, ahead), True, key=lambda j: value(j) <= bound)
             peak, reference = peak or reference, value(k)
             falls.append(k)
         else:
@@ -370,7 +352,7 @@ def from_lr_schedule(
     ("linear"), by its root ("sqrt"), or by a power of it from 0 to 1."""
     size, top, growth = _growth(batch_size, max_batch_size, growth)
     epochs, points = whole_number("epochs", epochs), None
-    power = real_number("rule", RULES.get(rule, rule) if isinstance(rule, str) and rule in RULES else rule)
+    power = real_number("rule", RULES.get(rule, rule) if isinstance(rule, str) else rule)
     if not 0 <= power <= 1: raise WrongValue(f"rule must be linear, sqrt or a power from 0 to 1, not {shown(rule)}")
     if hasattr(curve, "optimizer"):
         points = whole_number("steps", epochs if steps is None else steps)

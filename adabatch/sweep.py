@@ -60,10 +60,7 @@ def _records(folder):
         with contextlib.suppress(ValueError, OSError): found.append(record.load(path))
     return found
 
-def time_needed(
-    run: Run,
-    records: Callable = _records,  # reads those in a folder
-) -> str:
+def time_needed(run: Run, records: Callable = _records) -> str:
     "How long a run takes, judged by records of the same device and settings; empty without any."
     e, device = run.experiment, device_name(torch.device(run.experiment.device))
     how = {n: getattr(e, n) for n in ("processes", "micro_batch", "precision", "compile")}

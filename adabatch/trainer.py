@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'TEST_BATCH', 'GRAPHED', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS', 'PhaseClock', 'EpochSums', 'cross_entropy',
-           'percent_wrong', 'percent_outside_top5', 'out_of_memory', 'no_trace', 'Step', 'Graphs', 'Passes',
-           'GraphedStep', 'eval_mode', 'evaluate', 'try_size', 'settle_buckets', 'check_loss', 'deferred_signals',
+           'percent_wrong', 'percent_outside_top5', 'out_of_memory', 'no_trace', 'Step', 'Passes', 'GraphedStep',
+           'eval_mode', 'evaluate', 'try_size', 'settle_buckets', 'check_loss', 'deferred_signals',
            'matching_checkpoint', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/07_trainer.ipynb #85b5762a
-import contextlib, gc, inspect, json, math, signal, time
+import contextlib, gc, json, math, signal, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from . import WrongType, WrongValue
 from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
-from .loader import Plan, Update, micro_batches, shard, split
+from .loader import Plan, Update, micro_batches, shard
 from .noise import FEWEST, Halves, NoiseScale, same_buffers
 from .schedule import Schedule, shown, whole_number
 
@@ -186,31 +186,12 @@ class Step:
 # %% ../nbs/07_trainer.ipynb #553b24c5
 GRAPHED = ("cuda",)  # devices on which `compile` records graphs
 
-class Graphs:
-    "Records pieces of work as CUDA graphs that share their memory."
-    def __init__(self, device: torch.device):
-        self.device, self.pool = device, None
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def record(self, *works: Callable) -> list[Callable]:
-        "For each, what launches its kernels again on the same memory. Calls them all twice before."
-        synchronize(self.device)
-        with torch.cuda.stream(self.stream):  # of None: as it is
-            for work in 2 * works: work()
-        return [self._capture(work) for work in works] if self.stream else list(works)
-
-    def _capture(self, work):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"): work()  # other threads may pin memory
-        self.pool = graph.pool()
-        return graph.replay
-
 class Passes:
     "Forward and backward pass over batches of one shape, recorded."
     def __init__(self, step: "GraphedStep", x: torch.Tensor, y: torch.Tensor):
         self.step, self.x, self.y = step, x.clone(), y.clone()
         self.factor = torch.ones((), dtype=torch.float64, device=x.device)
-        self.forward, self.backward = step.graphs.record(self._forward, self._backward)
+        self.forward, self.backward = step.record(self._forward, self._backward)
         self.loss = self.loss.detach()  # what computed it would tie later passes to the stream of the recording
 
     def _forward(self): self.loss, self.metric = self.step.forward_eager(self.step.net, self.x, self.y)
@@ -224,7 +205,21 @@ class GraphedStep(Step):
     def __init__(self, *settings):
         super().__init__(*settings)
         gc.collect()  # an earlier training's passes and step refer to each other, and would keep their memory
-        self.graphs, self.passes, self.now = Graphs(self.device), {}, None
+        self.passes, self.now, self.pool = {}, None, None  # the graphs share their memory
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def record(self, *works: Callable) -> list[Callable]:
+        "For each, what launches its kernels again on the same memory. Calls them all twice before."
+        synchronize(self.device)
+        with torch.cuda.stream(self.stream):  # of None: as it is
+            for work in 2 * works: work()
+        return [self._capture(work) for work in works] if self.stream else list(works)
+
+    def _capture(self, work):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self.pool, self.stream, "thread_local"): work()  # other threads may pin memory
+        self.pool = graph.pool()
+        return graph.replay
 
     def make_graph(self, x, y):
         if _kind(x, y) in self.passes: return
@@ -294,7 +289,8 @@ def check_loss(step: Step, sample: Callable):
         raise WrongType(f"the loss must be one number, as a tensor to differentiate, not {shown(once[0])}")
     for name, one, two in zip(("loss", "metric"), once, twice):
         if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
-            raise WrongValue(f"the {name} must be summed over the samples: two copies of one must give twice as much")
+            raise WrongValue(f"the {name} must be summed over the samples (reduction='sum'): two copies of one must "
+                             "give twice as much")
 
 # %% ../nbs/07_trainer.ipynb #03c3a97d
 @contextlib.contextmanager
@@ -417,7 +413,7 @@ class MicroBatch:
     def find(self, batch_size: int, limit: int | None) -> tuple[int, int | None]:
         "The micro-batch for a batch size, and the limit set by memory. MemoryError if not even one sample fits."
         if batch_size in self.sizes: return self.sizes[batch_size], limit
-        size = min(n for n in (split(batch_size, self.world.size)[0], self.asked, limit) if n)
+        size = min(n for n in (-(-batch_size // self.world.size), self.asked, limit) if n)
         while self.tries_memory:
             error = try_size(self.step, self.sample, size)
             if not self.world.maximum([error is not None])[0]: break
@@ -435,20 +431,11 @@ class MicroBatch:
         return [(update.batch[0], update.batch[0] + 1)], 0.0
 
 # %% ../nbs/07_trainer.ipynb #6f77a4a4
-def _reduction(loss):
-    "How a loss says that it reduces the samples' losses; None if it does not say."
-    if hasattr(loss, "reduction"): return loss.reduction
-    try: parameter = inspect.signature(loss).parameters.get("reduction")
-    except (TypeError, ValueError): return None
-    return parameter and parameter.default
-
-def _check_parts(model, optimizer, loss, precision, micro_batch):
+def _check_parts(model, optimizer, precision, micro_batch):
     "One-line TypeError or ValueError for parts that would train nothing, or something else than planned."
     if precision not in PRECISIONS:
         raise WrongValue(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
     if micro_batch is not None: whole_number("micro_batch", micro_batch)
-    if (reduction := _reduction(loss)) not in (None, "sum"):
-        raise WrongValue(f"the loss must be summed over the samples: give it reduction='sum', not {reduction!r}")
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
         raise WrongType(f"optimizer must be one of torch.optim other than LBFGS, not {type(optimizer).__name__}")
     if any(p.is_meta or torch.nn.parameter.is_lazy(p) for p in model.parameters()):
@@ -479,7 +466,7 @@ class EpochLoop:
         noise_every: int | None = None,  # updates from one measurement of the noise scale to the next; None: never
         grow: Callable[[Schedule, list[dict]], Schedule] | None = None,  # of the plan and the finished epochs' rows
     ):
-        _check_parts(model, optimizer, loss, precision, micro_batch)
+        _check_parts(model, optimizer, precision, micro_batch)
         if noise_every is not None: whole_number("noise_every", noise_every)
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device

@@ -1,11 +1,11 @@
-"""More than one machine: a run over two nodes, and a sweep whose runs are jobs of a cluster."""
+"A sweep whose runs are jobs of a cluster."
 
-import os, signal, socket, sys
+import os, signal, sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import flags, program, together, wait_for
+from conftest import wait_for
 from test_crash import children
 
 from adabatch import record, sweep, train
@@ -15,48 +15,9 @@ from adabatch.train import checkpoint_path
 
 SETTINGS = dict(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", save_weights=False)
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-def left_alone(folder): train.run(Experiment(**SETTINGS, output_dir=folder))
-
 def descendants(pid):
     "The process ids of children and their children."
     return [p for child in children(pid) for p in (child, *descendants(child))]
-
-# --- two nodes
-
-def node(rank, port, folder):
-    "One of two torchruns on loopback, as an own session."
-    options = {**SETTINGS, "output_dir": folder, "checkpoint_minutes": 0.01}
-    nodes = f"--nnodes 2 --node_rank {rank} --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {port}".split()
-    words = ["-m", "torch.distributed.run", *nodes, "-m", "adabatch.train", *flags(**options)]
-    return program(*words, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"})
-
-def test_a_run_over_two_nodes_is_carried_on_after_one_was_killed(tmp_path):
-    name = "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0"
-    together(2, left_alone, str(tmp_path / "whole"))
-    first, second = (node(rank, port, tmp_path / "cut") for port in [free_port()] for rank in (0, 1))
-    try:
-        wait_for((tmp_path / "cut" / f"{name}.pt").exists)
-        os.killpg(second.pid, signal.SIGKILL)
-        for pid in descendants(second.pid): os.kill(pid, signal.SIGKILL)
-        output = first.communicate(timeout=120)[0]
-        assert first.returncode != 0, output  # the node that is left does not wait for ever
-        assert not (tmp_path / "cut" / f"{name}.npz").exists()
-        first, second = (node(rank, port, tmp_path / "cut") for port in [free_port()] for rank in (0, 1))
-        outputs = [process.communicate(timeout=240)[0] for process in (first, second)]
-        assert (first.returncode, second.returncode) == (0, 0), outputs
-    finally:
-        for process in (first, second):
-            if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
-    whole, cut = (record.load(tmp_path / folder / f"{name}.npz") for folder in ("whole", "cut"))
-    assert record.differences(whole, cut) == []
-    assert cut.environment["restarts"] == 1 and cut.processes.tolist() == [2, 2]
-
-# --- a sweep whose runs are jobs
 
 def test_a_preempted_job_is_resubmitted_and_makes_the_record_of_one_left_alone(tmp_path):
     settings = SETTINGS | dict(checkpoint_minutes=0.01, output_dir=str(tmp_path / "jobs"))

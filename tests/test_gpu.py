@@ -4,7 +4,7 @@ from dataclasses import replace
 import gpu_smoke
 import pytest
 import torch
-from conftest import flags, small, together
+from conftest import flags, small, start, together
 
 from adabatch import gpu, train, trainer as engine
 from adabatch.experiment import Experiment, resolve
@@ -31,8 +31,6 @@ def tiny(monkeypatch):
 def options(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "process_seconds", lambda: 0)  # that of the tests is long past
     monkeypatch.setattr(gpu, "SMALL", replace(gpu.SMALL, seconds=0.5))
-    noise = gpu._load("fake", device="cpu")  # takes seconds: once, and before the minutes begin
-    monkeypatch.setattr(gpu, "load_data", lambda *which: noise)
     return ["--rehearse", *flags(device="cpu", output_dir=tmp_path / "out", archive=tmp_path / "all.tar")]
 
 @pytest.fixture
@@ -285,8 +283,14 @@ def test_without_a_gpu_it_says_so(capsys): assert gpu.main([]) == 2 and "no GPU 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_smoke_script_on_a_gpu(): assert gpu_smoke.smoke("cuda", [])
 
+def forked(function, args, nprocs):
+    children = [start(function, rank, *args) for rank in range(nprocs)]
+    for child in children: child.join(120)
+    assert [child.exitcode for child in children] == [0, 0]
+
 def test_two_processes_on_one_device_and_a_difference_between_them(monkeypatch):
     monkeypatch.undo()  # the processes that it starts train the real network
+    monkeypatch.setattr(torch.multiprocessing, "spawn", forked)
     change = gpu_smoke.two_processes("cpu").make(seed=0)
     question = replace(gpu_smoke.two_processes("cpu"), make=lambda seed: change)
     assert question.ask()

@@ -144,9 +144,9 @@ def test_measuring_changes_no_bit_of_the_training(network):
 
 SETTINGS = dict(device="cpu", save_weights=False, epochs=6, every=1, lr=0.005)
 
-@pytest.mark.parametrize("trigger, size", [("plateau", 8), ("noise", 8), ("norm", 8)])
-def test_a_triggered_run_resumes_to_the_bit_and_can_be_made_again_as_a_calendar(trigger, size, quick, tmp_path):
-    e = partial(Experiment, **SETTINGS, batch_size=size, max_batch_size=8 * size, trigger=trigger)
+@pytest.mark.parametrize("trigger", ["plateau", "noise"])
+def test_a_triggered_run_resumes_to_the_bit_and_can_be_made_again_as_a_calendar(trigger, quick, tmp_path):
+    e = partial(Experiment, **SETTINGS, batch_size=8, max_batch_size=64, trigger=trigger)
     whole = train.run(e(output_dir=str(tmp_path / "whole")))
     grown = (np.flatnonzero(np.diff(whole.batch_size)) + 1).tolist()
     assert grown, whole.batch_size
@@ -157,8 +157,8 @@ def test_a_triggered_run_resumes_to_the_bit_and_can_be_made_again_as_a_calendar(
     assert record.differences(whole, train.run(run)) == []
     again = train.run(e(trigger=",".join(map(str, grown)), output_dir=str(tmp_path)))
     assert {n for n in record.differences(whole, again) if not n.startswith("noise")} == set()
-    planned = resolve(Experiment(**SETTINGS, schedule="fixed", batch_size=size)).schedule
-    np.testing.assert_allclose(whole.lr / whole.batch_size, [planned.lr(k) / size for k in range(6)])
+    planned = resolve(Experiment(**SETTINGS, schedule="fixed", batch_size=8)).schedule
+    np.testing.assert_allclose(whole.lr / whole.batch_size, [planned.lr(k) / 8 for k in range(6)])
 
 def decided(folder, name):
     with process_group("cpu"):
