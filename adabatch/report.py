@@ -311,14 +311,15 @@ def plot_forest(evidence: Evidence, published: dict):
     if not rows: return None
     size = 11, 1.2 + 0.3 * len(rows)
     fig, axes = pyplot().subplots(1, 2, figsize=size, width_ratios=(3, 1), sharey=True, layout="constrained")
-    for y, (_, v, color) in enumerate(rows): _draw_row(axes[abs(v.difference) >= 15], y, v, color)
+    for y, (_, v, color) in enumerate(rows): _draw_row(axes[int(abs(v.difference) >= 15)], y, v, color)
     axes[0].axvspan(-1, 1, color="0.9", zorder=0)
     axes[0].axvline(0, color="0.6", lw=0.8, zorder=0)
     axes[0].set(xlim=(-2.2, 9.5), xlabel="difference of test errors (points)")
     axes[1].set(xlim=(15, 100), xlabel="15 and more")
     axes[0].set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes[0].invert_yaxis()
-    for y, row in enumerate(rows): axes[1].text(1.03, y, row.n, transform=axes[1].get_yaxis_transform(), va="center")
+    side = axes[1].get_yaxis_transform()
+    for y, (_, v, _) in enumerate(rows): axes[1].text(1.03, y, v.n, transform=side, va="center")
     for ax in axes: ax.spines[["top", "right"]].set_visible(False)
     return fig
 

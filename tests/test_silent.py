@@ -362,6 +362,7 @@ def test_a_curve_without_growth():
 # 7. several processes that the plan does not know
 
 def several(settings, line):
+    listen("error")  # in a process of its own, where `strict` is not
     with process_group("cpu"):
         rank = torch.distributed.get_rank()
         mine = {name: rank if value == "mine" else value for name, value in settings.items()}
