@@ -40,7 +40,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 @contextlib.contextmanager
 def device_settings(device: torch.device, precision: str):
-    "During training: its GPU is the current one, and TF32 follows `precision`."
+    "Within, `device` is the current GPU, and TF32 is allowed unless the precision is fp32."
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [b.allow_tf32 for b in backends]
     for b in backends: b.allow_tf32 = precision != "fp32"
@@ -55,7 +55,7 @@ def synchronize(device: torch.device):
     if device.type == "mps": torch.mps.synchronize()
 
 def seed_device(seed: int, device: torch.device):
-    "The random state of one device: `torch.manual_seed` visits every device type and takes half a millisecond."
+    "The random state of one device: `torch.manual_seed` visits every device type, which takes longer."
     seeds = {"cuda": torch.cuda.manual_seed, "mps": torch.mps.manual_seed}
     seeds.get(device.type, torch.default_generator.manual_seed)(seed)
 

@@ -287,7 +287,7 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
 }
 
 def _cpu():
-    "What two CPU cores can give: the controls, four pairs of AlexNet, its large batch, four pairs at a fifth."
+    "The controls, AlexNet's arms of the paper, and four pairs each of AlexNet and ResNet-20 at a fifth of the epochs."
     both = "adabatch", "fixed"
     pairs = [Experiment("alexnet", d, s, seed=seed) for d in ("cifar10", "cifar100") for seed in range(4) for s in both]
     large = [Experiment("alexnet", d, "fixed", 4096) for d in ("cifar10", "cifar100")]

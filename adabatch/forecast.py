@@ -195,7 +195,7 @@ def has_batch_norm(model: torch.nn.Module) -> bool:
 
 # %% ../nbs/14_forecast.ipynb #524179dd
 def most_nodes(batch_size: int, measurement: Measurement, cluster: Cluster, buckets: list[int]) -> int:
-    "From how many nodes on more of them make an update less than 5 % faster: a power of two, at most the batch size."
+    "The fewest nodes, a power of two up to the batch size, than which no more make an update over 5 % faster."
     def seconds(nodes):
         part = math.ceil(batch_size / nodes)
         computing = part / measurement.rate(part).median

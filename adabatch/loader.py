@@ -418,7 +418,7 @@ class Plan:
         "The updates of an epoch. ValueError if there is no such epoch."
         return _updates_of(self.segments, whole_number("epoch", epoch, least=0, most=self.schedule.epochs - 1))
     def order(self, epoch: int) -> torch.Tensor:
-        "The samples of an epoch in the order of their use. Override it to draw them in another way."
+        "The samples of an epoch in the order of their use, (N,). Override it to draw them in another way."
         return draw_order(self.samples, self.seed, epoch)
 
     @property

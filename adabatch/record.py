@@ -93,7 +93,7 @@ def save(
     environment: dict,
     status: str,  # one of `STATUS`
 ):
-    "Write a record atomically. OSError if that is not possible."
+    "Write a record atomically, in place of any before. OSError if that is not possible, ValueError for no record."
     path = Path(path)
     kinds = {name: kind for name, kind in _KINDS.items() if name not in OPTIONAL or all(name in row for row in history)}
     lacking = [name for name in kinds if any(name not in row for row in history)]

@@ -268,7 +268,7 @@ def evaluate(
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
-    "A forward and backward pass over `sample(size)` without side effects. Returns the error if memory runs out."
+    "Two passes over `sample(size)`, forward and backward, without side effects. Returns the error if memory runs out."
     try: step.warm_up(*sample(size))
     except RuntimeError as error:
         if not out_of_memory(error): raise
@@ -612,7 +612,8 @@ class Trainer(EpochLoop):
     ) -> list[dict]:  # the history: one row per epoch
         """Train to the end of the schedule, or until the loss is no longer finite.
 
-        With a checkpoint, SIGINT and SIGTERM raise `Interrupted` after it has been written. OSError if it cannot be."""
+        With a checkpoint, SIGINT and SIGTERM raise `Interrupted` after it has been written. OSError if it cannot be,
+        ValueError if it is of another training, MemoryError if not even one sample fits on the device."""
         signals = deferred_signals() if checkpoint else contextlib.nullcontext([])
         with device_settings(self.device, self.precision), signals as received:
             saver = Checkpoints(checkpoint, identity or {}, checkpoint_minutes, self.world, received)
