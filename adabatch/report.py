@@ -622,7 +622,7 @@ def answers(evidence: Evidence, output_dir: str | Path = "outputs") -> str:
 MARKERS = "<!-- results -->", "<!-- /results -->"
 
 def results(evidence: Evidence, output_dir: str = "outputs") -> str:
-    "The README's first screen, in Markdown: what was found, the figure, and the table of comparisons."
+    "The README's first screen, in Markdown: the figure, what was found, and the table of comparisons."
     devices = sorted({r.environment["device"] for key in evidence.runs for r in evidence[key]})
     runs = sum(map(len, evidence.runs.values()))
     shows = "Test error over the number of updates, for AdaBatch, fixed batches and controls"
@@ -633,7 +633,7 @@ def results(evidence: Evidence, output_dir: str = "outputs") -> str:
              "of the differences seed by seed; pooled, by the spread of all such runs; what holds has both within one "
              f"point, from four pairs or more. The rule, and all {runs} records (made on {'; '.join(devices)}): "
              f"[the report]({output_dir}/report.ipynb).*")
-    return "\n\n".join([answers(evidence, output_dir), figure, comparisons_table(evidence), notes])
+    return "\n\n".join([figure, answers(evidence, output_dir), comparisons_table(evidence), notes])
 
 def write_between(text: str, markers: tuple[str, str], new: str) -> str:
     "`text` with what stands between the markers replaced. ValueError unless it has both, once, in order."

@@ -66,7 +66,7 @@ def drawn_from(plan, loader, by_epoch):
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_stateful_data_loader(workers, by_epoch):
     whole = list(Plan(AT_5, 100))
-    for received in (0, 1, 4, 5, 6, 8, len(whole) - 1):
+    for received in (0, 4, 5, 6, len(whole) - 1):
         plan = Plan(AT_5, 100)
         first = StatefulDataLoader(Indices(), batch_sampler=plan, num_workers=workers)
         plan.lr_scheduler(groups(0.1))
