@@ -522,7 +522,8 @@ def _fifth(evidence):
     if v.pairs < 4: return None
     fewer, more = (_updates(evidence, c.key(role)) for role in ("adaptive", "small"))
     text = (f"**In a fifth of the epochs, on CIFAR-10, {SAYS[v.word]}**: {_difference(v)}, {v.n}, {fewer:,} updates "
-            f"instead of {more:,}, errors of {_errors(evidence, c)}.")
+            f"instead of {more:,}, errors of {_errors(evidence, c)}"
+            f"{'; the paired interval lies above zero' if v.paired and v.paired[0] > 0 else ''}.")
     return Finding(text, True)
 
 def _digits(evidence, verdicts):
