@@ -20,6 +20,10 @@ def small(dtype=torch.float32):
     conv, linear = torch.nn.Conv2d(3, 8, 5, stride=4), torch.nn.Linear(392, 10)
     return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten(), linear).to(dtype)
 
+def normalised():
+    "The same, with batch normalisation."
+    return small().insert(1, torch.nn.BatchNorm2d(8))
+
 def _enter(function, rank, size, port, args):
     if size > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))

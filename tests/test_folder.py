@@ -12,7 +12,7 @@ from conftest import flags, papermill, program
 from test_crash import children, wait_for_file, wait_until_free
 from torchvision.transforms import RandomResizedCrop
 
-from adabatch import record, train
+from adabatch import data, record, train
 from adabatch.data import Folder, class_folders, draw_crop, load_data, read_ahead
 from adabatch.experiment import Experiment, resolve, training_samples
 from adabatch.files import load_checkpoint
@@ -239,7 +239,9 @@ def test_links_to_images_and_to_class_folders_are_followed(folder, tmp_path):
 def test_what_is_read_ahead_fits_half_of_the_shared_memory(monkeypatch, mib, processes, workers, expected):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(mib << 20, 0, mib << 20))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert read_ahead(workers, 3 * 224 * 224) == expected
+    found, chunk = read_ahead(workers, 3 * 224 * 224)
+    assert (found, chunk) == expected
+    assert processes * max(1, found) * data.AHEAD * chunk * 3 * 224 * 224 <= mib << 19
 
 def test_more_workers_than_the_shared_memory_holds(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))

@@ -4,7 +4,7 @@ from dataclasses import replace
 import gpu_smoke
 import pytest
 import torch
-from conftest import flags, small, start, together
+from conftest import flags, normalised, small, start, together
 
 from adabatch import gpu, train, trainer as engine
 from adabatch.experiment import Experiment, resolve
@@ -20,9 +20,7 @@ class Slow(Trainer):
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     "Small networks, in ResNet-20's place one with batch normalisation: nbs/15_gpu.ipynb asks about the real ones."
-    def network(name, classes):
-        net = small()
-        return net.insert(1, torch.nn.BatchNorm2d(8)) if name == "resnet20" else net
+    def network(name, classes): return normalised() if name == "resnet20" else small()
     monkeypatch.setattr(train, "get_model", network)
     monkeypatch.setattr(engine, "GRAPHED", engine.GRAPHED)  # a rehearsal changes it
     gpu.kept.cache_clear()

@@ -144,7 +144,7 @@ def test_measuring_changes_no_bit_of_the_training(network):
 
 SETTINGS = dict(device="cpu", save_weights=False, epochs=6, every=1, lr=0.005)
 
-@pytest.mark.parametrize("trigger", ["plateau", "noise"])
+@pytest.mark.parametrize("trigger", ["plateau", "noise", "norm"])
 def test_a_triggered_run_resumes_to_the_bit_and_can_be_made_again_as_a_calendar(trigger, quick, tmp_path):
     e = partial(Experiment, **SETTINGS, batch_size=8, max_batch_size=64, trigger=trigger)
     whole = train.run(e(output_dir=str(tmp_path / "whole")))

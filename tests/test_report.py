@@ -87,10 +87,10 @@ def test_the_readme_is_rewritten_between_its_markers_only(tmp_path, capsys):
         make(tmp_path / "outputs", seed, dataset="cifar10")
         make(tmp_path / "outputs", seed, dataset="cifar10", schedule="adabatch")
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    readme.write_text("before\n<!-- results -->\nformer\n<!-- /results -->\nafter\n")
     assert report.main([str(tmp_path / "outputs"), str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text and "32 → 32" in text
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "former" not in text and "32 → 32" in text
     assert (tmp_path / "outputs/results.png").exists() and "rewritten" in capsys.readouterr().out
     readme.write_text("nothing")
     assert report.main([str(tmp_path / "outputs"), str(readme)]) == 2 and readme.read_text() == "nothing"

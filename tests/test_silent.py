@@ -132,6 +132,7 @@ def test_a_summed_loss_is_asked_without_a_trace(loss):
     assert same(asked.state_dict(), expected.state_dict())
 
 UNUSABLE = {
+    "no reduction at all": functools.partial(F.cross_entropy, reduction="none"),
     "a number": lambda output, y: F.cross_entropy(output, y, reduction="sum").item(),
     "a vector": lambda output, y: F.cross_entropy(output, y, reduction="none"),
     "detached": lambda output, y: F.cross_entropy(output, y, reduction="sum").detach(),

@@ -2,7 +2,7 @@ import contextlib, copy, json, os, signal, time, weakref
 
 import pytest
 import torch
-from conftest import small, together
+from conftest import normalised, small, together
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from adabatch import trainer as engine
@@ -24,11 +24,6 @@ def trainer(schedule, model=None, data=None, **settings):
     return Trainer(model, optimizer, data or Watched(SAMPLES), schedule, **settings)
 
 def clockless(history): return [{k: v for k, v in row.items() if "seconds" not in k} for row in history]
-def normalised():
-    "The small network, with batch normalisation."
-    model = small()
-    return model.insert(1, torch.nn.BatchNorm2d(8))
-
 def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def test_micro_batches_are_cut_equal():
@@ -247,6 +242,13 @@ def test_a_batch_that_does_not_fit_is_cut_in_all_processes_alike(tmp_path, where
     assert used == [8, 8, 8, 8]  # 16 over two is 8; the stage of 32 does not fit with 16
     assert torch.allclose(whole, halved, rtol=1e-9, atol=1e-12)
 
+def test_trying_a_batch_leaves_no_trace():
+    t = trainer(GROWING, normalised())
+    before = copy.deepcopy(t.model.state_dict())
+    assert engine.try_size(t.step, t.micro_batch.sample, 4) is None
+    assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
+    assert all(p.grad is None for p in t.model.parameters())
+
 def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     monkeypatch.setattr("torch.utils.data.DataLoader.__init__", lambda *a, **k: pytest.fail("a DataLoader was built"))
     t = trainer(GROWING, drop_last=False)
@@ -255,6 +257,8 @@ def test_growing_builds_no_loader_and_uses_every_sample_once(monkeypatch):
     assert t.data.inner.crops.data_ptr() == images
     for epoch in range(4): assert sorted(n for e, _, n, *_ in t.data.seen if e == epoch) == list(range(SAMPLES))
     assert [r["batch_size"] for r in history] == [16, 16, 32, 32]
+    dropped = trainer(GROWING).fit()
+    assert [r["left_out"] for r in dropped] == [SAMPLES % 16, SAMPLES % 16, SAMPLES % 32, SAMPLES % 32]
     assert {r["left_out"] for r in history} == {0}
 
 def test_warmup_moves_the_learning_rate_update_by_update():
