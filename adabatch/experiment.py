@@ -276,8 +276,12 @@ def _several_devices(model):
             Experiment(model, "cifar100", "adabatch", 1024, 16384, lr_decay=0.5, warmup_epochs=5, **common)]
 
 _alexnet = partial(Experiment, "alexnet", "cifar10")
+_fifth = partial(_alexnet, epochs=20, every=4)
 CONTROLS = {  # what each changes -> the experiment and how many seeds; in order of information for the computing time
     "stopped early": (_alexnet("fixed", epochs=39, every=8), 4),
+    "constant batch, 20 epochs": (_fifth("fixed", 640, lr=0.025), 4),
+    "decay without growth, 20 epochs": (_fifth("fixed", lr_decay=0.75), 4),
+    "growth with full decay, 20 epochs": (_fifth(lr_decay=0.375), 4),
     "constant batch": (_alexnet("fixed", 640, lr=0.025), 3),
     "decay without growth": (_alexnet("fixed", lr_decay=0.75), 2),
     "growth with full decay": (_alexnet(lr_decay=0.375), 2),

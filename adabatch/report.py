@@ -20,7 +20,7 @@ import numpy as np
 
 from . import WrongValue
 from .analysis import (PAPER, Comparison, Evidence, Key, Verdict, collect, compare, compare_control, comparisons,
-                               control_key, examined, loss_difference)
+                               control_key, controlled, examined, loss_difference)
 from .experiment import CONTROLS, exit_code, select, training_samples
 from .record import Record, pyplot
 from .sweep import Sweep
@@ -323,7 +323,7 @@ def plot_forest(evidence: Evidence, published: dict):
 def frontier(evidence: Evidence, c: Comparison) -> dict[str, Key]:
     "The arms of a comparison and its controls, by what they are called in the figure."
     arms = {"small batch": c.key("small"), "AdaBatch": c.key("adaptive"), "large batch": c.key("large")}
-    if c == PAPER: arms |= {name: control_key(name) for name in CONTROLS}
+    arms |= {name: control_key(name) for name in CONTROLS if controlled(name) == c}
     return {name: key for name, key in arms.items() if evidence[key]}
 
 def _label(ax, x, y, text, color, name):

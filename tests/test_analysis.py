@@ -6,7 +6,8 @@ from scipy import stats
 
 from adabatch import record
 from adabatch.analysis import (
-    PAPER, Comparison, Spread, collect, compare, compare_control, control_key, endpoint, judge, paired_interval, pool)
+    HIGHER, PAPER, WITHIN, Comparison, Spread, collect, compare, compare_control, control_key, endpoint, judge,
+    paired_interval, pool)
 from adabatch.experiment import Experiment, resolve
 
 def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
@@ -123,6 +124,18 @@ def test_controls_are_compared_with_adabatch(tmp_path):
     v = compare_control(evidence, "constant batch")
     assert (v.word, v.clear, v.runs) == ("holds", True, (1, 4)) and v.difference == pytest.approx(5.85)
     assert compare_control(evidence, "stopped early").word == "not decided"
+
+def test_a_control_of_twenty_epochs_is_compared_with_adabatch_of_twenty(tmp_path):
+    fifth = dict(dataset="cifar10", epochs=20, every=4)
+    for seed in range(4):
+        make(tmp_path, seed, error=20 + 0.1 * seed, schedule="adabatch", dataset="cifar10")
+        make(tmp_path, seed, error=40 + 0.1 * seed, schedule="adabatch", **fifth)
+        make(tmp_path, seed, error=40.2 + 0.1 * seed, **fifth)
+        make(tmp_path, seed, error=40.5 + 0.12 * seed, batch_size=640, lr=0.025, **fifth)
+    evidence, name = collect(tmp_path), "constant batch, 20 epochs"
+    higher, within = (compare_control(evidence, name, claim) for claim in (HIGHER, WITHIN))
+    assert higher.difference == within.difference == pytest.approx(0.53) and higher.n == "4 pairs"
+    assert (higher.word, within.word) == ("holds", "holds") and not higher.clear
 
 def test_growing_keeps_the_small_batchs_ratio_of_rate_to_batch_and_makes_fewer_updates():
     for model, data in (("alexnet", "cifar10"), ("resnet20", "cifar100"), ("vgg19bn", "digits")):
