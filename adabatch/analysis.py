@@ -193,11 +193,11 @@ def family(dataset: str) -> str:
 def _related(evidence, c, role):
     "The arms by whose pooled spread a role in a comparison is judged."
     there = comparisons(evidence)
-    if role in ("large", "scaled"): return [other.key(role) for other in there]
+    if role == "large": return [other.key(role) for other in there]
     def like(other): return (other.model, family(other.dataset), other.suffix) == (c.model, family(c.dataset), c.suffix)
     return [other.key(kind) for kind in ("small", "adaptive") for other in there if like(other)]
 
-BOUNDS = {"adaptive": (-1.0, 1.0), "large": (1.0, np.inf), "scaled": (1.0, np.inf)}  # in points above the small batch
+BOUNDS = {"adaptive": (-1.0, 1.0), "large": (1.0, np.inf)}  # in points above the small batch
 
 def compare(evidence: Evidence, c: Comparison, role: str = "adaptive") -> Verdict:
     "Does AdaBatch end within one point of the small batch, or a large batch more than one point above it?"

@@ -121,10 +121,14 @@ class Run:
         "Its name without the seed, such as `adabatch-128-2048-accum64`."
         e, usual = self.experiment, self.recipe
         sizes = f"{e.batch_size}" if e.max_batch_size is None else f"{e.batch_size}-{e.max_batch_size}"
-        if not e.warmup_epochs: usual = usual | dict(base_batch_size=e.base_batch_size)  # of a warm-up only
-        differ = [n for n in _SUFFIXES if getattr(e, n) != usual.get(n, FIELDS[n].default)]
+        differ = [n for n in _SUFFIXES if getattr(e, n) != usual.get(n, FIELDS[n].default) and n not in self.idle]
         suffixes = [_SUFFIXES[n].format(getattr(e, n)).replace(",", "-") for n in differ]
         return "-".join([e.schedule, sizes, *suffixes])
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        "Settings that change nothing: the base of a warm-up that there is not."
+        return () if self.experiment.warmup_epochs else ("base_batch_size",)
 
     @property
     def hidden_differences(self) -> list[str]:
@@ -287,7 +291,7 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
     "growth with full decay": (_alexnet(lr_decay=0.375), 2),
     "scaled rate": (_alexnet("fixed", 4096, warmup_epochs=5), 2),
     "fourfold growth": (_alexnet(growth=4, lr_decay=1.5), 3),
-    "late growth": (_alexnet(max_batch_size=2048, milestones="40,60,80"), 3),
+    "late growth": (_alexnet(max_batch_size=2048, trigger="40,60,80"), 3),
 }
 
 def _cpu():

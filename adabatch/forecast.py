@@ -207,7 +207,8 @@ def most_nodes(batch_size: int, measurement: Measurement, cluster: Cluster, buck
 def advice(measurement: Measurement, batch_norm: bool) -> list[str]:
     "Advice for this device, one line each."
     enough, largest = saturation(measurement), max(measurement.rates)
-    if enough == largest: lines = [f"batch size: the rate rises up to {largest}, the largest measured; growth pays"]
+    if len(measurement.rates) == 1: return [f"batch size: only {largest} was measured, give more seconds"]
+    if enough == largest: lines = [f"batch size: the rate rises up to {largest}, the largest measured: growth pays"]
     else: lines = [f"batch size: {enough} is within {TOLERANCE:.0%} of the highest rate; growth beyond it saves little"]
     size = faster_micro_batch(measurement)
     if size is None: return [*lines, f"micro-batch: none, a batch of {largest} is as fast undivided"]

@@ -11,7 +11,7 @@ __all__ = ['STEPS', 'Row', 'STYLES', 'TITLES', 'MARKERS', 'markdown', 'spread', 
            'write_between', 'render', 'main']
 
 # %% ../nbs/13_report.ipynb #7b8de7b0
-import argparse, json, sys
+import argparse, json, re, sys
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +20,8 @@ import numpy as np
 
 from . import WrongValue
 from .analysis import (PAPER, Comparison, Evidence, Key, Verdict, collect, compare, compare_control, comparisons,
-                               control_key, controlled, examined, loss_difference)
+                               control_key, controlled, examined, loss_difference, paired_interval)
+from .device import PRECISIONS
 from .experiment import CONTROLS, exit_code, select, training_samples
 from .record import Record, pyplot
 from .sweep import Sweep
@@ -116,7 +117,8 @@ def large_batch_table(evidence: Evidence) -> str:
     rows = []
     for c in comparisons(evidence):
         large = c.key("large")
-        scaled = [key for key in evidence.runs if key[:2] == large[:2] and key[2].startswith(f"{large[2]}-warmup")]
+        def alike(arm): return re.sub("-warmup[0-9]+|-base[0-9]+", "", arm) == large[2]
+        scaled = [key for key in evidence.runs if key[:2] == large[:2] and key != large and alike(key[2])]
         for key in [c.key("small"), large, *scaled]:
             runs = evidence[key]
             if not runs or not evidence[large]: continue
@@ -131,7 +133,7 @@ def best_of_table(evidence: Evidence, keys: list[Key]) -> str:
     for key in keys:
         errors = np.array(list(evidence.endpoints(key).values()))
         if len(errors) < 2: continue
-        best_epoch = min(np.nanmin(r.test_error) for r in evidence[key])
+        best_epoch = np.nanmin(evidence[key][errors.argmin()].test_error)
         shown = errors.mean(), errors.min(), best_epoch, errors.mean() - errors.min()
         rows.append((*key, len(errors), *(f"{value:.2f}" for value in shown)))
     head = ["mean (%)", "best run (%)", "best epoch of best run (%)", "gained by choosing"]
@@ -156,9 +158,10 @@ def _epoch_seconds(runs):
     sizes, seconds = (np.concatenate([r.arrays[name] for r in runs]) for name in ("batch_size", "train_seconds"))
     return {int(size): float(np.median(seconds[sizes == size])) for size in np.unique(sizes)}
 
-def _growth_gain(runs):
-    "How many times as fast as its own smallest batch throughout."
+def _growth_gain(runs, first=None):
+    "How many times as fast as its own smallest batch throughout, of which an epoch may take `first` seconds."
     seconds, sizes = _epoch_seconds(runs), runs[0].batch_size.tolist()
+    if first: seconds[min(sizes)] = first
     return len(sizes) * seconds[min(sizes)] / sum(seconds[size] for size in sizes)
 
 def rates_table(found: dict) -> str:
@@ -232,12 +235,13 @@ def not_run(evidence: Evidence, grid: str, seeds: int, suffix: str = "") -> str:
         e = run.experiment
         if e.processes > 1 or e.seed in evidence.runs.get((e.dataset, e.model, run.arm + suffix), {}): continue
         groups.setdefault((e.dataset, e.model), []).append(run)
-    rows = []
+    rows, words = [], suffix.split("-")[1:]
+    mode = "".join(f" --precision {word}" if word in PRECISIONS else f" --{word}" for word in words)
     for (dataset, model), left in groups.items():
         cost = seconds_per_sample(evidence, dataset, model, suffix)
         samples = sum(run.schedule.epochs * training_samples(run.experiment) for run in left)
         minutes = f"{samples * cost[0] / 60:,.0f} ({cost[1]})" if cost else "unknown: no record of this network"
-        command = f"`python -m adabatch.sweep --grid {grid} --dataset {dataset} --model {model} --seeds {seeds}`"
+        command = f"`python -m adabatch.sweep --grid {grid} --dataset {dataset} --model {model} --seeds {seeds}{mode}`"
         rows.append((dataset, model, len(left), command, minutes))
     head = ["data", "network", "runs missing", "command", "about so many minutes"]
     return markdown(head, rows)
@@ -302,16 +306,17 @@ def _draw_row(ax, y, v, color):
     ax.plot(v.difference, y, "o", color=color, ms=5)
 
 def plot_forest(evidence: Evidence, published: dict):
-    "Differences with their intervals; those of 15 points and more on an axis of their own. None without comparisons."
+    "Differences with their intervals; those of ten points and more on an axis of their own. None without comparisons."
     rows = forest_rows(evidence, published)
     if not rows: return None
     size = 11, 1.2 + 0.3 * len(rows)
     fig, axes = pyplot().subplots(1, 2, figsize=size, width_ratios=(3, 1), sharey=True, layout="constrained")
-    for y, (_, v, color) in enumerate(rows): _draw_row(axes[int(abs(v.difference) >= 15)], y, v, color)
+    for y, (_, v, color) in enumerate(rows): _draw_row(axes[int(v.difference >= 10)], y, v, color)
     axes[0].axvspan(-1, 1, color="0.9", zorder=0)
     axes[0].axvline(0, color="0.6", lw=0.8, zorder=0)
-    axes[0].set(xlim=(-2.2, 9.5), xlabel="difference of test errors (points)")
-    axes[1].set(xlim=(15, 100), xlabel="15 and more")
+    least = min(v.difference for _, v, _ in rows)
+    axes[0].set(xlim=(min(-2.2, least - 0.5), 10), xlabel="difference of test errors (points)")
+    axes[1].set(xlim=(10, 100), xlabel="10 and more")
     axes[0].set_yticks(range(len(rows)), [label for label, *_ in rows])
     axes[0].invert_yaxis()
     side = axes[1].get_yaxis_transform()
@@ -526,7 +531,14 @@ def _fifth(evidence):
             f"{'; the paired interval lies above zero' if v.paired and v.paired[0] > 0 else ''}.")
     return Finding(text, True)
 
-def _digits(evidence, verdicts):
+def _second_sample(output_dir):
+    "AlexNet on digits once more: AdaBatch minus the small batch, by seed, of the runs made to compare triggers."
+    made = stored(output_dir, "growth-alexnet.json") or {}
+    def end(arm, seed): return np.mean(made[f"{arm}-seed{seed}"]["test_error"][-2:])  # of the last stage
+    seeds = [seed for seed in range(10) if f"fixed-16-seed{seed}" in made]
+    return [end("adabatch-16-256", seed) - end("fixed-16", seed) for seed in seeds]
+
+def _digits(evidence, verdicts, output_dir):
     "Three networks on digits."
     there = [Comparison("digits", model) for model in ("alexnet", "resnet20", "vgg19bn")]
     if not set(there) <= verdicts.keys(): return None
@@ -536,6 +548,9 @@ def _digits(evidence, verdicts):
             f"interval {_interval(alexnet.paired)}); whether less than one is not decided. ResNet-20 ends within one "
             f"point ({resnet.difference:+.2f}, {resnet.n}), VGG19_BN is not decided ({vgg.difference:+.2f}, {vgg.n}). "
             f"The test loss of AlexNet ends higher, by {losses[0][0]:.3f}, as does ResNet-20's, by {losses[1][0]:.3f}.")
+    if again := _second_sample(output_dir):
+        text += (f" (In {len(again)} other pairs of AlexNet, made to compare triggers, {np.mean(again):+.2f}, "
+                 f"{_interval(paired_interval(again))}.)")
     words = [v.word for v in (alexnet, resnet, vgg)] == ["not decided", "holds", "not decided"]
     higher = all(interval and interval[0] > 0 for _, interval in losses)
     return Finding(text, words and alexnet.paired[0] > 0 and higher)
@@ -574,30 +589,31 @@ def _time(output_dir):
         ratios[network] = fixed / growing
     if not ratios: return None
     shown = ", ".join(f"{network} {ratio:.2f}" for network, ratio in ratios.items())
-    text = ("**With CIFAR's batch sizes it saves little time or none on one CPU**, whose cores a small batch keeps "
-            f"busy (times as fast, in one benchmark run on {found['machine']['device']}: {shown}).")
+    text = ("**With CIFAR's batch sizes a growing batch saves little time or none on one CPU**, whose cores a small "
+            f"batch keeps busy (times as fast, in one benchmark run on {found['machine']['device']}: {shown}).")
     return Finding(text, max(ratios.values()) < 1.15)
 
-def _graphs_gain(found):
-    "How many times as fast CUDA graphs make ResNet-20's small batch; None where that was not measured."
-    rates = {row["compile"]: np.median(row["rates"]) for row in found["rates"]
-             if (row["model"], row["batch_size"], row["precision"]) == ("resnet20", 128, "bf16")}
-    return rates[True] / rates[False] if len(rates) == 2 else None
+def _small_batch_rates(output_dir):
+    "Samples per second of ResNet-20's small batch in bf16, eager (False) and by CUDA graphs (True), as measured."
+    measured = (stored(output_dir, "gpu.json") or {"rates": []})["rates"]
+    return {row["compile"]: np.median(row["rates"]) for row in measured
+            if (row["model"], row["batch_size"], row["precision"]) == ("resnet20", 128, "bf16")}
 
 def _gpu(evidence, output_dir):
     "What fewer updates save on a GPU."
     there = [Comparison("cifar10", model, "-bf16-compile") for model in ("resnet20", "vgg19bn")]
     eager, roles = evidence["cifar10", "resnet20", "adabatch-128-2048-epochs5-every1-bf16"], ("small", "adaptive")
-    graphs = _graphs_gain(stored(output_dir, "gpu.json") or {"rates": []})
-    if not eager or not graphs or not all(evidence[c.key(role)] for c in there for role in roles): return None
+    rates = _small_batch_rates(output_dir)
+    if not eager or len(rates) < 2 or not all(evidence[c.key(role)] for c in there for role in roles): return None
     seconds = [[evidence[c.key(role)][0].train_seconds.sum() for role in roles] for c in there]
     gains, errors = [small / grown for small, grown in seconds], [_errors(evidence, c) for c in there]
-    device, eager_gain = evidence[there[0].key("small")][0].environment["device"], _growth_gain(eager)
-    text = (f"**On one {device} it saved training time**: ResNet-20 was trained {gains[0]:.2f} and VGG19_BN "
-            f"{gains[1]:.2f} times as fast (100 epochs of CIFAR-10 in bf16, by CUDA graphs; test errors of {errors[0]} "
-            f"and {errors[1]}; one pair each, which decides nothing about them). Without graphs ResNet-20 gains more, "
-            f"about {eager_gain:.1f} times by one run of five epochs; but graphs alone make its small batch "
-            f"{graphs:.1f} times as fast.")
+    device, graphs = evidence[there[0].key("small")][0].environment["device"], rates[True] / rates[False]
+    eager_gain = _growth_gain(eager, first=eager[0].samples[0] / rates[False])  # that epoch warmed up as well
+    text = (f"**On one {device} a growing batch saved training time**: ResNet-20 was trained {gains[0]:.2f} and "
+            f"VGG19_BN {gains[1]:.2f} times as fast (100 epochs of CIFAR-10 in bf16, by CUDA graphs; test errors of "
+            f"{errors[0]} and {errors[1]}; one pair each, which decides nothing about them). Without graphs "
+            f"ResNet-20 gains more, about {eager_gain:.1f} times by one run of five epochs; but graphs alone make its "
+            f"small batch {graphs:.1f} times as fast.")
     single = all(v.word == "not decided" and v.pairs == 1 for v in (compare(evidence, c) for c in there))
     return Finding(text, bool(single and min(gains) > 1.3 and graphs > eager_gain > gains[0]))
 
@@ -605,17 +621,17 @@ def _network(output_dir):
     "What fewer exchanges of gradients save between two nodes, from `nbs/network.ipynb`."
     measured = (stored(output_dir, "network.json") or {}).get("gains", [])
     gains = {g["rate"]: g["seen"] for g in measured if g["network"] == "alexnet"}
-    others = [g["seen"] for g in measured if g["network"] == "resnet20"]
+    others = [g["seen"] for g in measured if g["network"] != "alexnet"]
     if not {100, 1000, 10_000} <= gains.keys(): return None
     shown = {rate: f"{np.median(seen):.2f} ({min(seen):.2f} to {max(seen):.2f})" for rate, seen in gains.items()}
-    text = ("**Between two nodes it saves more, the thinner the wire** (two cores of one machine, joined by a virtual "
-            f"wire of a set rate): AlexNet is trained {shown[10_000]} times as fast at 10 Gbit/s, {shown[1000]} at "
-            f"1 Gbit/s and {shown[100]} at 100 Mbit/s (median and range of {len(gains[100])} rounds), as it exchanges "
-            "gradients 2.6 times less often.")
+    text = ("**Between two nodes a growing batch saves more, the thinner the wire** (two cores of one machine, joined "
+            f"by a virtual wire of a set rate): AlexNet is trained {shown[10_000]} times as fast at 10 Gbit/s, "
+            f"{shown[1000]} at 1 Gbit/s and {shown[100]} at 100 Mbit/s (median and range of {len(gains[100])} rounds), "
+            "as it exchanges gradients 2.6 times less often.")
     medians, rounds = [np.median(seen) for seen in others], [gain for seen in others for gain in seen]
-    if others: text += (f" For ResNet-20, with a ninth of the gradients, no gain could be measured on {len(others)} "
-                        f"wires (medians {min(medians):.2f} to {max(medians):.2f}, rounds {min(rounds):.2f} to "
-                        f"{max(rounds):.2f}).")
+    if others: text += (" For ResNet-20 and VGG19_BN, which compute longer for each exchange, no gain could be "
+                        f"measured (medians {min(medians):.2f} to {max(medians):.2f}; rounds, two or three of each, "
+                        f"{min(rounds):.2f} to {max(rounds):.2f}).")
     ordered = min(gains[100]) > max(gains[1000]) and np.median(gains[1000]) > np.median(gains[10_000])
     clear = ordered and min(gains[1000]) > 1 and min(map(len, gains.values())) >= 3
     return Finding(text, clear and all(abs(gain - 1) < 0.1 for gain in medians))
@@ -623,7 +639,7 @@ def _network(output_dir):
 def findings(evidence: Evidence, output_dir: str | Path = "outputs") -> list[Finding]:
     "What was found, as far as there are runs to say it of."
     verdicts = {c: compare(evidence, c) for c in comparisons(evidence) if not c.suffix}
-    found = [_real_images(evidence, verdicts), _fifth(evidence), _digits(evidence, verdicts),
+    found = [_real_images(evidence, verdicts), _fifth(evidence), _digits(evidence, verdicts, output_dir),
              _stopped_early(evidence), _constant_batch(evidence)]
     if verdicts: found += [_time(output_dir), _network(output_dir), _gpu(evidence, output_dir)]
     return [finding for finding in found if finding]

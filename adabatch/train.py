@@ -34,7 +34,8 @@ def existing(run: Run) -> Record | None:
     "The record of a run if it exists. ValueError if it is damaged or has other settings."
     if not run.path.exists(): return None
     found = record.load(run.path)
-    differ = ", ".join(f"{n} {found.config.get(n)}" for n, v in run.config.items() if found.config.get(n) != v)
+    settings = [(n, v, found.config.get(n)) for n, v in run.config.items() if n not in run.idle]
+    differ = ", ".join(f"{n} {made}" for n, v, made in settings if made != v)
     if not differ: return found
     raise WrongValue(f"{run.path} was made with other settings ({differ}): choose another output_dir, or overwrite")
 
@@ -352,7 +353,7 @@ def evaluate_weights(run: Run) -> dict[str, float]:
     """Test loss and errors (percent) of a run's weights, named as in the record. FileNotFoundError if they were
     not kept, ValueError if they are damaged."""
     e, path = run.experiment, weights_path(run)
-    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: make the run with save_weights")
+    if not path.exists(): raise FileNotFoundError(f"{path} does not exist: train with another output_dir for weights")
     weights = load_weights(path)
     data = load_data(e.dataset, e.data_dir, e.device, e.workers)
     model = get_model(e.model, data.classes)

@@ -5,8 +5,9 @@ import pytest
 from test_analysis import make
 
 from adabatch import report
-from adabatch.analysis import Comparison, collect
+from adabatch.analysis import Comparison, collect, examined
 from adabatch.experiment import CONTROLS
+from adabatch.train import existing
 
 C = Comparison("digits", "alexnet")
 
@@ -54,6 +55,21 @@ def test_a_sentence_that_no_longer_fits_is_left_out(tmp_path):
 def test_every_sentence_fits_the_committed_records():
     found = report.findings(collect("outputs"))
     assert found and [finding.text for finding in found if not finding.fits] == []
+
+def test_every_committed_record_is_the_run_of_its_settings():
+    for path, run, _, objection in examined("outputs"):
+        assert not objection and existing(run), path
+
+def test_a_large_batch_with_a_scaled_rate_is_found_whatever_else_its_name_says(tmp_path):
+    for settings in (dict(schedule="adabatch"), {}, dict(batch_size=4096), dict(batch_size=4096, warmup_epochs=5)):
+        make(tmp_path, dataset="cifar10", processes=2, **settings)
+    table = report.large_batch_table(collect(tmp_path))
+    assert re.findall(r"fixed-4096[^ ]*", table) == ["fixed-4096-x2", "fixed-4096-warmup5-x2"]
+
+def test_the_best_epoch_is_that_of_the_best_run(tmp_path):
+    make(tmp_path, 0, error=5.0)
+    make(tmp_path, 1, error=6.0, row=dict(test_error=7.0))  # of two epochs: the mean is 7
+    assert "| 2 | 6.25 | 5.50 | 5.00 | 0.75 |" in report.best_of_table(collect(tmp_path), [("digits", "alexnet", "fixed-16")])
 
 def test_what_is_said_of_time_comes_from_the_benchmark(tmp_path):
     times = dict(samples=1000, predicted=[[3.0], [2.0]], seen=[[2.0, 1.1], [1.0, 2.0]])
