@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'check_device', 'check_gpu_each', 'best_device', 'devic
            'launch_variable', 'World', 'Interrupted', 'process_group', 'keep_freed_memory', 'allocator']
 
 # %% ../nbs/03_device.ipynb #27b9fb9d
-import contextlib, ctypes, os, platform
+import contextlib, ctypes, functools, os, platform
 from collections.abc import Callable, Iterator
 
 import torch
@@ -41,7 +41,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 @contextlib.contextmanager
 def device_settings(device: torch.device, precision: str):
     "Within, `device` is the current GPU, and TF32 is allowed unless the precision is fp32."
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
     before = [b.allow_tf32 for b in backends]
     for b in backends: b.allow_tf32 = precision != "fp32"
     try:
@@ -68,11 +68,16 @@ def launch_variable(name: str, default: int) -> int:
                      "unset it")
 
 # %% ../nbs/03_device.ipynb #f5f164b3
+@functools.cache
+def _control(group):
+    "A gloo group of the processes of another, for numbers on the CPU; made once, as it keeps threads and sockets."
+    return dist.new_group(backend="gloo")
+
 class World:
     "The processes of a training run, as seen by one of them. A single process answers immediately."
     def __init__(self):
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.control = dist.new_group(backend="gloo") if self.size > 1 else None
+        self.control = _control(dist.group.WORLD) if self.size > 1 else None
 
     def gather(self, numbers: list) -> torch.Tensor:
         "All processes' numbers, (processes, numbers) float64 on the CPU."

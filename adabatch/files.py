@@ -7,7 +7,7 @@ __all__ = ['atomic_write', 'checkpoint_files', 'save_checkpoint', 'check_readabl
            'load_weights', 'Busy', 'lock']
 
 # %% ../nbs/02_files.ipynb #2786d555
-import contextlib, os, sys, zipfile
+import contextlib, os, pickle, re, sys, zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,19 +68,25 @@ def check_readable(path: str | Path):
     except OSError as error: raise OSError(f"{path} cannot be read ({error.strerror})") from None
 
 def _load(path):
-    "What `torch.save` wrote; None if it is damaged. OSError if it cannot be read."
+    """What `torch.save` wrote; None if it is damaged. OSError if it cannot be read, ValueError if it is whole, but has
+    objects that might run code when loaded."""
     check_readable(path)
     try:
         with zipfile.ZipFile(path) as f:
             if not f.testzip(): return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise WrongValue(f"{path} holds {kind[1] if kind else 'an object'}, which may run code when loaded: keep "
+                         "tensors, numbers and text in it, or remove it") from None
     except Exception: pass  # zipfile and torch raise many exception types for a truncated file
 
 def load_checkpoint(path: str | Path) -> dict | None:
     "The last good checkpoint of `path`; None if there is none. ValueError if every file is damaged."
     files = checkpoint_files(path)
     for p in files:
-        with contextlib.suppress(FileNotFoundError):  # another process has just replaced it
-            if (state := _load(p)) is not None: return state
+        try: state = _load(p)
+        except FileNotFoundError: continue  # another process has just replaced it
+        if state is not None: return state
         print(f"note: {p} is damaged and skipped", file=sys.stderr)
     if files: raise WrongValue(f"{' and '.join(map(str, files))}: damaged: remove to start this run again")
 

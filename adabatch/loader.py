@@ -129,10 +129,16 @@ def _updates_of(segments, epoch):
     start = first.update + (epoch - first.epoch) * first.updates
     return range(start, start + first.updates + sum(s.updates for s in others))
 
+def _checked_order(plan, epoch):
+    "The order of an epoch, as a tensor. ValueError if samples are missing, as batches would be too short."
+    order = torch.as_tensor(plan.order(epoch))
+    if len(order) >= plan.samples: return order
+    raise WrongValue(f"plan.order({epoch}) has {len(order):,} of {plan.samples:,} samples: give the plan that many")
+
 def _indices(plan: "Plan", update: int) -> list[int]:
     "This process's samples of an update; one sample where its shard is empty."
     now = plan.at(update)
-    if plan._order[0] != now.epoch: plan._order = now.epoch, plan.order(now.epoch)
+    if plan._order[0] != now.epoch: plan._order = now.epoch, _checked_order(plan, now.epoch)
     start, stop = now.shard if now.weight else (now.batch[0], now.batch[0] + 1)
     return plan._order[1][start:stop].tolist()
 
@@ -174,6 +180,9 @@ class _Progress:
         if self.latest == self.updates and self.first < self.done < (self.first + self.updates) / 2:
             self.warn("count", f"the plan has given all {self.updates} batches, but the scheduler has counted "
                       f"{self.done} updates: step it once after each batch")
+        if self.latest == self.updates > self.done and not self.counting:
+            self.warn("end", f"the plan has given all {self.updates} batches, and begins again after {self.done} "
+                      "updates: iterate the loader once, or set plan.start to begin again on purpose")
         self.first, self.passing = self.done, True
         if self.first == self.updates and self.drawing:
             self.warn("end", f"all {self.updates} updates are done, and no batches are left: iterate the loader once, "
@@ -223,14 +232,16 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     def look_up(self):
         "Set the learning rates again, of a plan that has changed."
         self._last_lr = [base * factor(self.last_epoch) for base, factor in zip(self.base_lrs, self.lr_lambdas)]
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr): group["lr"] = lr
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr):
+            if isinstance(group["lr"], torch.Tensor): group["lr"].fill_(lr)  # a compiled optimizer keeps the tensor
+            else: group["lr"] = lr
 
     def state_dict(self):
         own = {name: value for name, value in super().state_dict().items() if name != "_plan"}
         return own | _growth(self._plan)
 
     def load_state_dict(self, state):
-        if state.get("grown"): _unroll(self._plan, state["grown"])
+        _unroll(self._plan, state.get("grown", []))
         super().load_state_dict({name: value for name, value in state.items() if name != "grown"})
 
 def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -240,15 +251,17 @@ def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim
     times as much gets k times as much throughout. TypeError, ValueError for an optimizer that cannot."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise WrongType(f"optimizer must be one of torch.optim, not {type(optimizer).__name__}")
-    for group in optimizer.param_groups: group.setdefault("initial_lr", group["lr"])
-    rates, base = [float(group["initial_lr"]) for group in optimizer.param_groups], plan.schedule.base_lr
+    rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]  # also of a tensor
+    for group, rate in zip(optimizer.param_groups, rates): group["initial_lr"] = rate
+    base = plan.schedule.base_lr
     if not any(rates): raise WrongValue("the optimizer's learning rate is 0: build it with schedule.base_lr")
     if not any(math.isclose(rate, base, rel_tol=1e-6) for rate in rates):
         plan._progress.warn("rate", f"the optimizer was built with lr={rates[0]:g}, not {base:g}: all learning rates "
                             f"will be {rates[0] / base:g} times the planned; build it with schedule.base_lr", 3)
     plan._progress.counting = True
-    plan._scheduler = _PlannedLR(optimizer, plan)
-    return plan._scheduler
+    others = [s for s in plan._schedulers if s.optimizer is not optimizer]
+    plan._schedulers = [*others, _PlannedLR(optimizer, plan)]
+    return plan._schedulers[-1]
 
 # %% ../nbs/01_loader.ipynb #51e0c0a4
 def _end(plan):
@@ -334,7 +347,7 @@ def _grow(plan: "Plan", growth: float = 2):
     if plan._grown and plan._grown[-1][0] == epoch:
         raise WrongValue(f"the plan already grows for epoch {epoch}: grow it once, by the entire factor")
     _unroll(plan, [*plan._grown, [epoch, growth]])
-    if plan._scheduler: plan._scheduler.look_up()
+    for scheduler in plan._schedulers: scheduler.look_up()
 
 # %% ../nbs/01_loader.ipynb #51e0c0a8
 @dataclass(frozen=True)
@@ -370,6 +383,10 @@ def _accumulate(plan: "Plan", stream: Iterable) -> Iterator[tuple[Part, object]]
 
     `stream` is any iterable of micro-batches of the plan's size, such as a `DataLoader`, this process's own."""
     if plan.micro_batch is None: raise WrongValue("the plan does not know the micro-batch: give Plan micro_batch")
+    if getattr(stream, "batch_sampler", None) is plan:
+        raise WrongValue("the loader's batches are the plan's already: give accumulate a loader of micro-batches")
+    if (size := getattr(stream, "batch_size", None)) not in (None, plan.micro_batch):
+        raise WrongValue(f"the loader's batch_size is {size}, but the plan's micro_batch {plan.micro_batch}")
     _check_processes(plan)
     if plan._epoch is None: plan._progress.begin_pass()
     return _parts(plan, iter(stream))
@@ -397,7 +414,7 @@ class Plan:
     ):
         self._planned, self.samples, self.drop_last = schedule, whole_number("samples", samples), drop_last
         self._progress, self._epoch, self._order = _Progress(0), None, (None, None)  # of one epoch, kept
-        self._scheduler = None
+        self._schedulers = []  # one for each optimizer
         self.seed = whole_number("seed", seed, least=0, most=2**64 - 1)
         self.world_size = whole_number("world_size", world_size)
         self.rank = whole_number("rank", rank, least=0, most=self.world_size - 1)
@@ -417,7 +434,7 @@ class Plan:
     def updates_of(self, epoch: int) -> range:
         "The updates of an epoch. ValueError if there is no such epoch."
         return _updates_of(self.segments, whole_number("epoch", epoch, least=0, most=self.schedule.epochs - 1))
-    def order(self, epoch: int) -> torch.Tensor:
+    def order(self, epoch: int) -> np.ndarray | torch.Tensor:
         "The samples of an epoch in the order of their use, (N,). Override it to draw them in another way."
         return draw_order(self.samples, self.seed, epoch)
 
@@ -428,7 +445,7 @@ class Plan:
     @start.setter
     def start(self, update): self._progress.begin(update)
     def __len__(self) -> int: return _end(self) - self._progress.first
-    def __getstate__(self): return self.__dict__ | {"_scheduler": None}  # of this process
+    def __getstate__(self): return self.__dict__ | {"_schedulers": []}  # of this process
     def __iter__(self) -> Iterator[list[int]]:
         _check_processes(self)
         if self._epoch is None: self._progress.begin_pass()

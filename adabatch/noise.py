@@ -152,7 +152,10 @@ class NoiseScale:
         last: bool,  # does the update end with it?
     ):
         """Call after the backward pass of each micro-batch. An update of a single one says nothing. ValueError unless
-        those of an update are equal, and their weights sum to 1."""
+        those of an update are equal, and their weights sum to 1; or with several processes, whose last pass leaves the
+        mean of all."""
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            raise WrongValue("accumulated is for one process: with several, use watch and exchanged, or measure")
         gradient = self._gradient()
         self._squares += ((gradient - self._before) / weight).square().sum()
         self._before = gradient
@@ -173,7 +176,7 @@ class NoiseScale:
             return allreduce_hook(group, bucket)
         ddp.register_comm_hook(None, hook)
 
-    def exchanged(self, samples: int):  # in the shard of each process
+    def exchanged(self, samples: int):  # in the shard of each process, the same in all
         "Call after the backward pass that exchanges the gradients of an update, on all processes."
         dist.all_reduce(self._squares)
         pieces, squares, self._squares = dist.get_world_size(), self._squares, 0.0
@@ -186,13 +189,17 @@ def plateau(rows: list[dict]) -> bool:
     losses = [row["train_loss"] for row in rows]
     return len(losses) > 1 and losses[-1] > 0.9 * min(losses[:-1])
 
+def _measured(row, name):
+    if name in row: return row[name]
+    raise WrongValue("this trigger needs the noise scale of each epoch: give the Trainer noise_every")
+
 def noise(rows: list[dict]) -> bool:
     "Is the noise scale, in all likelihood, at least twice the batch?"
-    return rows[-1]["noise_low"] > 2 * rows[-1]["batch_size"]
+    return _measured(rows[-1], "noise_low") > 2 * rows[-1]["batch_size"]
 
 def norm(rows: list[dict]) -> bool:
     "Has the mean gradient of a batch more noise than signal?"
-    return rows[-1]["noise_scale"] > rows[-1]["batch_size"]
+    return _measured(rows[-1], "noise_scale") > rows[-1]["batch_size"]
 
 TRIGGERS = {"plateau": plateau, "noise": noise, "norm": norm}  # rows of the finished epochs -> grow?
 MEASURED = ("noise", "norm")  # those that need the noise scale
@@ -208,7 +215,7 @@ def grow_by(
 ) -> Schedule:
     "The schedule as the trigger has decided so far. It is asked again after an epoch, and `COOLDOWN` updates."
     since = 0
-    for epoch in range(1, min(len(rows) + 1, schedule.epochs)):
+    for epoch in range(max(1, schedule.warmup_epochs), min(len(rows) + 1, schedule.epochs)):
         size, done = schedule.at(epoch).batch_size * growth, sum(row["updates"] for row in rows[since:epoch])
         if size <= max_batch_size and done >= COOLDOWN and trigger(rows[:epoch]):
             schedule, since = schedule.grown(epoch, growth), epoch

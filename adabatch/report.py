@@ -117,8 +117,8 @@ def large_batch_table(evidence: Evidence) -> str:
     rows = []
     for c in comparisons(evidence):
         large = c.key("large")
-        def alike(arm): return re.sub("-warmup[0-9]+|-base[0-9]+", "", arm) == large[2]
-        scaled = [key for key in evidence.runs if key[:2] == large[:2] and key != large and alike(key[2])]
+        scaled = [key for key in evidence.runs
+                  if key != large == (*key[:2], re.sub("-warmup[0-9]+|-base[0-9]+", "", key[2]))]
         for key in [c.key("small"), large, *scaled]:
             runs = evidence[key]
             if not runs or not evidence[large]: continue

@@ -102,9 +102,11 @@ def _with_growth(schedule: "Schedule", epoch: int, growth: float = 2) -> "Schedu
     if epoch < schedule.warmup_epochs:
         raise WrongValue(f"a batch cannot grow in a warm-up, which ends at {schedule.warmup_epochs}")
     if (growth := positive_number("growth", growth)) <= 1: raise WrongValue(f"growth must be more than 1, not {growth}")
-    factor = growth if schedule.curve is None else growth**schedule.curve.power
+    power = 1 if schedule.curve is None else schedule.curve.power
     later = [replace(schedule.at(epoch), start=epoch), *(s for s in schedule.stages if s.start > epoch)]
-    grown = [Stage(s.start, round(s.batch_size * growth), s.lr * factor) for s in later]
+    sizes = [round(s.batch_size * growth) for s in later]
+    if sizes[0] == later[0].batch_size: raise WrongValue(f"growth {growth} is too little for a batch of {sizes[0]}")
+    grown = [Stage(s.start, size, s.lr * (size / s.batch_size) ** power) for s, size in zip(later, sizes)]
     return replace(schedule, stages=(*(s for s in schedule.stages if s.start < epoch), *grown))
 
 # %% ../nbs/00_schedule.ipynb #530dd853

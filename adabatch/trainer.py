@@ -9,7 +9,7 @@ __all__ = ['PHASES', 'TEST_BATCH', 'GRAPHED', 'GO', 'SAVE', 'STOP', 'ASK_SECONDS
            'matching_checkpoint', 'Checkpoints', 'State', 'MicroBatch', 'EpochLoop', 'prepare', 'epoch_row', 'Trainer']
 
 # %% ../nbs/07_trainer.ipynb #85b5762a
-import contextlib, gc, json, math, signal, time
+import contextlib, gc, json, math, signal, time, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -255,6 +255,7 @@ def evaluate(
     step: Step,
     data,  # `Images`, `Folder`, or an object with their methods
     *others: Callable,  # further metrics: of (output, targets), summed over the samples
+    size: int = TEST_BATCH,  # samples in a forward pass
 ) -> list[float]:  # loss, metric, others
     "Means on the test set. Call on all ranks."
     world, dtype = step.world, EpochSums(step.device).loss.dtype
@@ -263,7 +264,7 @@ def evaluate(
         for b in step.model.buffers(): dist.broadcast(b, 0)
     part = shard((0, data.test_size), world.rank, world.size)
     with eval_mode(step.model):
-        for x, y in data.test_batches(micro_batches(part, TEST_BATCH)):
+        for x, y in data.test_batches(micro_batches(part, size)):
             for total, value in zip(totals, step.forward_eager(step.model, x, y, *others)): total.add_(value)
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
@@ -279,18 +280,21 @@ def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
     with eval_mode(step.net): step.forward_eager(step.net, x, y)[0].backward()  # running statistics stay as they are
     step.optimizer.zero_grad()
 
-def check_loss(step: Step, sample: Callable):
-    "TypeError, ValueError unless the loss can be differentiated, and both it and the metric are sums. Leaves no trace."
+def check_loss(step: Step, x: torch.Tensor, y: torch.Tensor):
+    """TypeError, ValueError unless the loss can be differentiated, and both it and the metric are sums, as far as this
+    batch tells: a metric of 0 may be either. Leaves no trace."""
     if step.loss is cross_entropy and step.metric in (percent_wrong, percent_outside_top5): return
     devices = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(step.model):
-        once, twice = (step.forward_eager(step.model, *sample(count)) for count in (1, 2))
-    if not isinstance(once[0], torch.Tensor) or once[0].ndim or not once[0].requires_grad:
-        raise WrongType(f"the loss must be one number, as a tensor to differentiate, not {shown(once[0])}")
+        loss = step.forward_eager(step.model, x[:1], y[:1])[0]
+        if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
+            raise WrongType(f"the loss must be one number, as a tensor to differentiate, not {shown(loss)}")
+        with torch.no_grad():
+            once, twice = (step.forward_eager(step.model, torch.cat([x] * n), torch.cat([y] * n)) for n in (1, 2))
     for name, one, two in zip(("loss", "metric"), once, twice):
-        if abs(two - one) < abs(two - 2 * one):  # a mean of two copies of a sample is that of one
-            raise WrongValue(f"the {name} must be summed over the samples (reduction='sum'): two copies of one must "
-                             "give twice as much")
+        if abs(two - one) < abs(two - 2 * one):  # a mean over two copies of a batch is that over one
+            raise WrongValue(f"the {name} must be summed over the samples (reduction='sum'): two copies of a batch "
+                             "must give twice as much")
 
 # %% ../nbs/07_trainer.ipynb #03c3a97d
 @contextlib.contextmanager
@@ -330,7 +334,9 @@ class Checkpoints:
     "Decides, for all processes together, when to write a checkpoint and when to stop."
     def __init__(self, path: str | Path | None, identity: dict, minutes: float, world: World, signals: list[int]):
         self.path, self.identity, self.minutes, self.world, self.signals = path, identity, minutes, world, signals
-        self.saved = self.asked = time.monotonic()
+        self.saved, self.written = time.monotonic(), False
+        self.asked = self.saved
+        if path and world.rank == 0: Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.passed, self.every = 0, 1  # updates since the last poll, and between polls
 
     def decide(self) -> int:
@@ -346,8 +352,10 @@ class Checkpoints:
 
     def save(self, state: dict):
         "Write the checkpoint, on rank 0."
-        if self.world.rank == 0: save_checkpoint(self.path, {"identity": json.dumps(self.identity)} | state)
-        self.saved = time.monotonic()
+        if self.world.rank == 0:
+            save_checkpoint(self.path, {"identity": json.dumps(self.identity)} | state)
+            if not self.written: load_checkpoint(self.path)  # what cannot be loaded is better known now
+        self.saved, self.written = time.monotonic(), True
 
     def stop(self, state):
         "Raise `Interrupted` on all ranks."
@@ -391,7 +399,7 @@ class State:
         "Restore what `dump` returned."
         self.history = json.loads(saved["rows"])
         self.epoch, self.update, self.oom_limit = saved["epoch"], saved["update"], saved["oom_limit"]
-        self.restarts, self.origins = saved["restarts"] + 1, saved.get("origins", [])
+        self.restarts, self.origins = saved["restarts"] + 1, saved["origins"]
         self.division = saved["division"] and tuple(saved["division"])
         self.sums.restore(saved["epoch_sums"], world)
 
@@ -496,6 +504,10 @@ class EpochLoop:
         "Grow as decided from the finished epochs' rows. Did the plan change?"
         schedule = self.grow(self.planned, rows) if self.grow else self.schedule
         if schedule == self.schedule: return False
+        if (size := max(s.batch_size for s in schedule.stages)) > self.plan.samples:
+            warnings.warn(f"the batch does not grow to {size}: the training set has {self.plan.samples} samples",
+                          stacklevel=3)
+            return False
         plan, self.schedule = self.plan, schedule
         self.plan = Plan(schedule, plan.samples, self.seed, plan.drop_last, plan.rank, plan.world_size)
         return True
@@ -532,7 +544,9 @@ def prepare(loop: EpochLoop):
     "Find the micro-batches of all stages, and compile their graphs if asked: before training, or once it has grown."
     begin, state = time.perf_counter(), loop.state
     if not torch.is_grad_enabled(): raise WrongValue("training needs gradients: call fit outside of torch.no_grad()")
-    check_loss(loop.step, loop.micro_batch.sample)
+    loop.step.zero_grad()  # of a backward pass before, or a training that was interrupted within an update
+    few = min(n for n in (64, loop.micro_batch.asked, loop.data.test_size) if n)
+    check_loss(loop.step, *next(iter(loop.data.test_batches([(0, few)]))))
     if not loop.model.training: loop.model.train()  # as in an update
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
     for segment in loop.plan.segments:
@@ -553,7 +567,8 @@ def epoch_row(loop: EpochLoop) -> dict:
     sums, begin = state.sums.gather(loop.world), time.perf_counter()
     loss, metric = sums[:, :2].sum(0).tolist()
     mean, slowest = sums[:, 2:].mean(0).tolist(), sums[:, 2:].amax(0).tolist()
-    test_loss, test_error, *others = evaluate(loop.step, data, *loop.test_metrics.values())
+    fits = min(TEST_BATCH, state.oom_limit or TEST_BATCH)
+    test_loss, test_error, *others = evaluate(loop.step, data, *loop.test_metrics.values(), size=fits)
     names = [f"{phase}_seconds" for phase in (*PHASES, "train", "resize")]
     row = dict(lr=first.lr, batch_size=first.batch_size, updates=len(updates),
                samples=used, left_out=data.train_size - used,
@@ -568,29 +583,33 @@ def epoch_row(loop: EpochLoop) -> dict:
 
 # %% ../nbs/07_trainer.ipynb #d13cdf02
 def _updates(loop):
-    "The updates a checkpoint belongs to, as JSON."
-    return json.dumps([loop.seed, *([s.update, s.stage.batch_size, s.stage.lr] for s in loop.plan.segments)])
+    "The updates a checkpoint belongs to, as JSON: where stages begin, how many there are, and rates along the way."
+    plan, along = loop.plan, range(0, loop.plan.updates, -(-loop.plan.updates // 1000))
+    return json.dumps([loop.seed, plan.updates, [[s.update, s.stage.batch_size] for s in plan.segments],
+                       [plan.lr(update) for update in along]])
 
 def _resume(loop, saved):
     "Restore what a checkpoint holds, if there is one. ValueError if it is not of this training."
     if saved is None: return
-    before, now = saved.get("samples", loop.plan.samples), loop.plan.samples
+    try: _restore(loop, saved)
+    except KeyError:
+        raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
+
+def _restore(loop, saved):
+    before, now = saved["samples"], loop.plan.samples
     if before != now:
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
-    loop.replan(json.loads(saved.get("rows", "[]")))
-    if "noise" in saved: loop.noise.load_state_dict(saved["noise"])
-    updates = _updates(loop)
-    if saved.get("plan", updates) != updates:
+    loop.replan(json.loads(saved["rows"]))
+    loop.noise.load_state_dict(saved["noise"])
+    if saved["plan"] != _updates(loop):
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
     try:
         loop.model.load_state_dict(saved["model"])
         loop.optimizer.load_state_dict(saved["optimizer"])
     except (RuntimeError, ValueError, KeyError):  # of several lines
         raise WrongValue("the checkpoint is of another model or optimizer: delete it or use a new path") from None
-    try: loop.state.load(saved, loop.world)
-    except KeyError:
-        raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
+    loop.state.load(saved, loop.world)
 
 # %% ../nbs/07_trainer.ipynb #d13cdf03
 class Trainer(EpochLoop):
@@ -634,6 +653,7 @@ class Trainer(EpochLoop):
                 self.clock.start()
                 if state.epoch < self.schedule.epochs: self._pause(saver)
             if checkpoint: self._save(saver)
+            if self.world.maximum([len(received)])[0]: saver.stop(state)  # asked to during the last test
         return self.history
 
     def _pause(self, saver):

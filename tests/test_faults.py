@@ -202,12 +202,15 @@ def test_no_code_in_a_file_is_run_and_the_file_is_named(tmp_path, quick):
     e = resolve(Experiment(epochs=2, every=1, max_batch_size=32, device="cpu", output_dir=str(tmp_path / "out")))
     run(e)
     trap = tmp_path / "trap"
-    for write in (lambda p: torch.save({"weight": Runs(trap)}, p), lambda p: p.write_bytes(pickle.dumps(Runs(trap)))):
+    def save(path): torch.save({"weight": Runs(trap)}, path)
+    def pickled(path): path.write_bytes(pickle.dumps(Runs(trap)))
+    for write, weights, checkpoint in ((save, "weights.pt holds .*, which may run code", "pt holds .*, which may run"),
+                                       (pickled, "weights.pt is damaged or holds no weights", "pt: damaged: remove")):
         write(weights_path(e))
-        with pytest.raises(ValueError, match="seed0.weights.pt is damaged or holds no weights"): evaluate_weights(e)
+        with pytest.raises(ValueError, match=f"seed0.{weights}"): evaluate_weights(e)
         e.path.unlink(missing_ok=True)
         write(train.checkpoint_path(e))
-        with pytest.raises(ValueError, match="seed0.pt: damaged: remove to start this run again"): run(e)
+        with pytest.raises(ValueError, match=f"seed0.{checkpoint}"): run(e)
         train.checkpoint_path(e).unlink()
     names = *record.COUNTS, *record.MEASURES, *record.CLOCKS
     arrays = {n: np.zeros(1, np.int64 if n in record.COUNTS else float) for n in names}

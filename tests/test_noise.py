@@ -119,6 +119,11 @@ def accumulate(parts):
 def test_what_would_measure_something_else_is_refused(misuse, message):
     with pytest.raises((TypeError, ValueError), match=message): misuse()
 
+def test_accumulation_in_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="use watch and exchanged, or measure"): accumulate([(1 / 4, 8)] * 4)
+
 NETWORKS = {
     "plain": small,
     "batch normalisation": lambda: torch.nn.Sequential(torch.nn.BatchNorm2d(3), *small()),

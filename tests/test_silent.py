@@ -111,8 +111,17 @@ MEANS = {
 }
 
 def test_a_mean_metric_is_refused():
-    with pytest.raises(ValueError, match="the metric must be summed over the samples"):
-        trainer(metric=lambda output, y: (output.argmax(1) != y).float().mean() + 1).fit()
+    first = load_data("digits").test[1][0]  # of a single sample, many metrics are 0, which is twice itself
+    for metric in (lambda output, y: (output.argmax(1) != y).float().mean() + 1,
+                   lambda output, y: (y != first).float().mean()):
+        with pytest.raises(ValueError, match="the metric must be summed over the samples"): trainer(metric=metric).fit()
+
+def test_gradients_of_before_are_not_trained_with():
+    stale = small(), small()
+    for model in stale: model.load_state_dict(stale[0].state_dict())
+    stale[0](torch.ones(2, 3, 32, 32)).sum().backward()
+    for model in stale: trainer(model, epochs=1).fit()
+    assert same(stale[0].state_dict(), stale[1].state_dict())
 
 SUMS = {
     "a partial": functools.partial(F.cross_entropy, reduction="sum"),
@@ -272,6 +281,50 @@ def test_looking_at_batches_counts_nothing():
         if plan.start == 5: next(iter(loader))
     assert plan.start == 21
 
+def test_a_loop_over_epochs_around_all_updates_without_the_scheduler():
+    plan = Plan(SCHEDULE, 100)
+    assert len(list(plan)) == 21
+    warned(lambda: iter(plan), "has given all 21 batches, and begins again after 0 updates")
+    plan = Plan(SCHEDULE, 100)
+    for _ in range(2):
+        plan.start = 0  # on purpose
+        assert len(list(plan)) == 21
+
+class Short(Plan):
+    def order(self, epoch): return list(range(90))
+
+def test_an_order_without_some_of_the_samples():
+    with pytest.raises(ValueError, match="has 90 of 100 samples"): list(Short(SCHEDULE, 100))
+
+def test_a_stream_of_other_micro_batches():
+    plan, dataset = Plan(SCHEDULE, 100, micro_batch=4, drop_last=True), TensorDataset(torch.arange(100))
+    for loader, line in ((DataLoader(dataset, batch_size=8), "batch_size is 8, but the plan's micro_batch 4"),
+                         (DataLoader(dataset, batch_sampler=plan), "batches are the plan's already")):
+        with pytest.raises(ValueError, match=line): plan.accumulate(loader)
+    for loader in (DataLoader(dataset, batch_size=4), DataLoader(dataset, batch_size=None)): plan.accumulate(loader)
+
+def test_a_learning_rate_that_is_a_tensor():
+    plan, optimizer = Plan(SCHEDULE, 100), sgd(torch.tensor(0.1))
+    scheduler, tensor = plan.lr_scheduler(optimizer), optimizer.param_groups[0]["lr"]
+    for epoch in plan.by_epoch():
+        if epoch == 1: plan.grow()
+        for _ in plan:
+            assert float(tensor) == pytest.approx(plan.lr(plan.start))
+            step(optimizer, scheduler)
+    assert optimizer.param_groups[0]["lr"] is tensor and optimizer.param_groups[0]["initial_lr"] == pytest.approx(0.1)
+
+def test_two_optimizers_of_a_plan_that_grows():
+    plan, optimizers = Plan(SCHEDULE, 100), (sgd(), sgd())
+    schedulers = [plan.lr_scheduler(optimizer) for optimizer in optimizers]
+    states = [scheduler.state_dict() for scheduler in schedulers]
+    for epoch in plan.by_epoch():
+        if epoch == 1: plan.grow()
+        assert [o.param_groups[0]["lr"] for o in optimizers] == 2 * [plan.lr(plan.start)]
+        for _ in plan:
+            for optimizer, scheduler in zip(optimizers, schedulers): step(optimizer, scheduler)
+    for scheduler, state in zip(schedulers, states): scheduler.load_state_dict(state)  # of before the plan grew
+    assert plan.updates == 21
+
 def test_a_plan_without_its_scheduler_cannot_count():
     plan = Plan(SCHEDULE, 100)
     for _ in plan: break
@@ -338,6 +391,11 @@ def test_a_run_is_named_by_what_it_reaches():
     text = resolve(Experiment("resnet20", "cifar10")).describe()
     assert "128 (epoch 0, lr 0.01)" in text and "2048 (epoch 80, lr 0.00316406)" in text
 
+def test_a_batch_that_rounds_grows_with_its_learning_rate():
+    grown = fixed(5, lr=0.1, epochs=4).grown(2, 1.5).at(2)
+    assert grown.lr / grown.batch_size == pytest.approx(0.1 / 5) and grown.batch_size == 8
+    with pytest.raises(ValueError, match="too little for a batch of 2"): fixed(2, lr=0.1, epochs=4).grown(2, 1.2)
+
 # 6. schedules read from a curve that is none of this training
 
 def test_a_scheduler_of_other_steps():
@@ -368,8 +426,8 @@ def several(settings, line):
         rank = torch.distributed.get_rank()
         mine = {name: rank if value == "mine" else value for name, value in settings.items()}
         plan = Plan(SCHEDULE, 100, **mine)
-        if line: warned(lambda: [list(plan), list(plan)], line)
-        else: list(plan)
+        if line: warned(lambda: [iter(plan), iter(plan)], line)
+        else: iter(plan)
         plan.at(0), Plan(SCHEDULE, 100).at(0)  # looking things up is silent
 
 @pytest.mark.parametrize("settings, line", [

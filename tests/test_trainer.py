@@ -1,5 +1,8 @@
 import contextlib, copy, json, os, signal, time, weakref
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import normalised, small, together
@@ -11,7 +14,8 @@ from adabatch.device import Interrupted, check_device, process_group
 from adabatch.files import save_checkpoint
 from adabatch.loader import micro_batches
 from adabatch.models import get_model
-from adabatch.schedule import adabatch, fixed
+from adabatch.noise import grow_by, norm
+from adabatch.schedule import adabatch, fixed, from_lr_schedule
 from adabatch.trainer import Trainer
 
 GROWING = adabatch(16, 64, lr=0.02, every=2, epochs=4)
@@ -401,8 +405,50 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
     for make, line in (
         (lambda: trainer(GROWING, seed=1), "another schedule or seed"),
         (lambda: trainer(fixed(16, lr=0.1, epochs=4)), "another schedule or seed"),
+        (lambda: trainer(replace(GROWING, warmup_epochs=1)), "another schedule or seed"),
+        (lambda: trainer(replace(GROWING, epochs=5)), "another schedule or seed"),
         (lambda: trainer(GROWING, get_model("alexnet")), "another model or optimizer"),
         (lambda: swapped, "another model or optimizer"),
     ):
         with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused: make().fit(path)
         assert "\n" not in str(refused.value)
+
+def test_a_checkpoint_of_another_curve_is_refused(tmp_path):
+    cosine, power = (from_lr_schedule(curve, 16, 16, epochs=2) for curve in (lambda p: 1 - p, lambda p: (1 - p)**3))
+    trainer(cosine).fit(tmp_path / "run.pt")
+    with pytest.raises(ValueError, match="is of another schedule"): trainer(power).fit(tmp_path / "run.pt")
+
+def test_a_checkpoint_that_could_not_be_loaded_is_noticed_when_it_is_written(tmp_path):
+    t = trainer(GROWING)
+    t.optimizer.param_groups[0]["weight_decay"] = np.float64(5e-4)
+    with pytest.raises(ValueError, match="run.pt holds numpy"): t.fit(tmp_path / "run.pt", checkpoint_minutes=0)
+    assert t.state.epoch == 0
+
+def test_a_signal_during_the_last_test_is_not_lost_and_the_folder_is_made(tmp_path):
+    path, short = tmp_path / "new/run.pt", fixed(64, lr=0.1, epochs=1)
+    with pytest.raises(Interrupted):
+        trainer(short).fit(path, on_epoch=lambda epoch, row: signal.raise_signal(signal.SIGTERM))
+    assert len(trainer(short).fit(path)) == 1
+
+def test_a_trigger_in_a_warm_up_or_beyond_the_training_set_does_not_end_the_training():
+    grow = partial(grow_by, lambda rows: True, max_batch_size=1024)
+    warm = fixed(16, lr=0.1, every=2, epochs=5, warmup_epochs=2, base_batch_size=8)
+    assert [row["batch_size"] for row in trainer(warm, grow=grow).fit()] == [16, 16, 32, 32, 64]
+    with pytest.warns(UserWarning, match="does not grow to 512: the training set has 330"):
+        history = trainer(fixed(256, lr=0.01, epochs=22), grow=grow).fit()
+    assert {row["batch_size"] for row in history} == {256}
+    with pytest.raises(ValueError, match="give the Trainer noise_every"):
+        trainer(fixed(16, lr=0.1, epochs=3), grow=partial(grow_by, norm, max_batch_size=64)).fit()
+
+def test_the_new_way_to_ask_for_tf32_is_no_obstacle_on_a_cpu():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"): pytest.skip("this PyTorch has only the old way")
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try: trainer(fixed(64, lr=0.1, epochs=1)).fit()
+    finally: matmul.fp32_precision = before
+    assert not matmul.allow_tf32
+
+def controls(folder):
+    with process_group("cpu"): assert trainer(GROWING).world.control is trainer(GROWING).world.control
+
+def test_trainers_of_several_processes_share_their_control_group(tmp_path): together(2, controls, str(tmp_path))
