@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from . import WrongValue
-from .analysis import (PAPER, Comparison, Evidence, Key, Verdict, collect, compare, compare_control, comparisons,
+from .analysis import (FIFTH, PAPER, Comparison, Evidence, Key, Verdict, collect, compare, compare_control, comparisons,
                                control_key, controlled, examined, loss_difference, paired_interval)
 from .device import PRECISIONS
 from .experiment import CONTROLS, exit_code, select, training_samples
@@ -328,29 +328,36 @@ def plot_forest(evidence: Evidence, published: dict):
 def frontier(evidence: Evidence, c: Comparison) -> dict[str, Key]:
     "The arms of a comparison and its controls, by what they are called in the figure."
     arms = {"small batch": c.key("small"), "AdaBatch": c.key("adaptive"), "large batch": c.key("large")}
-    arms |= {name: control_key(name) for name in CONTROLS if controlled(name) == c}
+    arms |= {name.removesuffix(", 20 epochs"): control_key(name) for name in CONTROLS if controlled(name) == c}
     return {name: key for name, key in arms.items() if evidence[key]}
 
 def _label(ax, x, y, text, color, name):
-    "The label of a point: where the neighbouring arms leave room."
-    places = {"small batch": ((0, 9), "right"), "AdaBatch": ((0, -15), "center"), "constant batch": ((0, 24), "center")}
-    offset, side = places.get(name, ((9, -4), "left"))
-    ax.annotate(text, (x, y), xytext=offset, textcoords="offset points", ha=side, color=color, fontsize=10)
+    "The label of a point, at the lowest, mean or highest `y`: where the neighbouring arms leave room."
+    below, above = (y[0], (0, -7), "center", "top"), (y[2], (0, 7), "center", "bottom")
+    left, right = (y[1], (-9, 0), "right", "center"), (y[1], (9, 0), "left", "center")
+    places = {"AdaBatch": below, "constant batch": above, "decay without growth": above, "growth with full decay": left}
+    at, offset, side, height = places.get(name, right)
+    ax.annotate(text, (x, at), xytext=offset, textcoords="offset points", ha=side, va=height, color=color, fontsize=10)
 
 def _draw_frontier(ax, evidence, c):
     "Test error against updates, a labelled point an arm; what lies far above is named at the upper edge."
     arms = {name: (list(evidence.endpoints(key).values()), _updates(evidence, key))
             for name, key in frontier(evidence, c).items()}
-    top = min(np.mean(errors) for errors, _ in arms.values()) + 14
+    least = min(np.mean(errors) for errors, _ in arms.values())
+    highest = max(mean for errors, _ in arms.values() if (mean := np.mean(errors)) < least + 14)
+    top, bottom = highest + 0.4 * (highest - least) + 1.5, least - 0.2 * (highest - least) - 1
     for name, (errors, updates) in arms.items():
         color, mean = {"AdaBatch": "C0", "small batch": "C1", "large batch": "C2"}.get(name, "C3"), np.mean(errors)
-        text, y = f"{name}: {mean:.1f} % (n={len(errors)})", min(mean, top - 0.6)
+        text, y = f"{name}\n{mean:.1f} % (n={len(errors)})", min(mean, top - 0.05 * (top - bottom))
         if mean > top: text += ", off the scale"
         if mean < top: ax.plot((updates, updates), (min(errors), max(errors)), color=color, lw=2)
         ax.plot(updates, y, "o" if mean < top else "^", color=color, ms=8)
-        _label(ax, updates, y, text, color, name)
-    ax.set(xscale="log", xlim=(900, 30_000), ylim=(top - 16.5, top), xlabel="updates", title=c.title)
-    ax.set_xticks([1000, 2000, 5000, 10_000, 20_000], ["1,000", "2,000", "5,000", "10,000", "20,000"])
+        _label(ax, updates, (min(errors), y, max(errors)), text, color, name)
+    updates = [updates for _, updates in arms.values()]
+    ax.set(xscale="log", xlim=(0.8 * min(updates), 2.4 * max(updates)), ylim=(bottom, top), xlabel="updates",
+           title=c.title)
+    ticks = [t for t in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if min(updates) <= t <= max(updates)]
+    ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -360,9 +367,8 @@ def _row_of_panels(count, width, height):
     return fig, axes[0]
 
 def plot_frontier(evidence: Evidence):
-    "A panel for each comparison over 100 epochs of CIFAR. Returns the matplotlib figure; None without them."
-    there = [c for c in comparisons(evidence) if not c.suffix and c.dataset != "digits"]
-    there.sort(key=lambda c: c != PAPER)
+    "A panel for each comparison that has controls. Returns the matplotlib figure; None without them."
+    there = [c for c in (PAPER, FIFTH) if c in comparisons(evidence)]
     if not there: return None
     fig, axes = _row_of_panels(len(there), 5.6, 4)
     for ax, c in zip(axes, there): _draw_frontier(ax, evidence, c)
@@ -654,11 +660,13 @@ MARKERS = "<!-- results -->", "<!-- /results -->"
 
 def results(evidence: Evidence, output_dir: str = "outputs") -> str:
     "The README's first screen, in Markdown: the figure, what was found, and the table of comparisons."
-    devices = sorted({r.environment["device"] for key in evidence.runs for r in evidence[key]})
+    made = [r.environment["device"] for key in evidence.runs for r in evidence[key]]
+    devices = sorted({device.removesuffix(", shared") for device in made})
     runs = sum(map(len, evidence.runs.values()))
     shows = "Test error over the number of updates, for AdaBatch, fixed batches and controls"
-    figure = (f"![{shows}]({output_dir}/results.png)\n\n*AlexNet, 100 epochs, batches of 256 (small) to 4,096 (large): "
-              "test error, mean of the last five epochs, over the number of updates; n runs each.*")
+    figure = (f"![{shows}]({output_dir}/results.png)\n\n*AlexNet, batches of 256 (small) to 4,096 (large), 100 "
+              "epochs (stopped early: 39) and a fifth of them: test error at the end over the number of updates; "
+              "n runs each.*")
     notes = ("*Errors: mean ± standard deviation over the seeds. Digits: ten epochs, batches of 16 to 256; epochs20 "
              "every4: a fifth of the epochs; bf16 compile: in bfloat16, with CUDA graphs. Intervals of 90 %: paired, "
              "of the differences seed by seed; pooled, by the spread of all such runs; what holds has both within one "

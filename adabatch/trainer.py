@@ -360,8 +360,9 @@ class Checkpoints:
     def stop(self, state):
         "Raise `Interrupted` on all ranks."
         signum = int(self.world.maximum([self.signals[0] if self.signals else 0])[0])
-        raise Interrupted(f"stopped by {signal.Signals(signum).name} after {state.update} updates of epoch "
-                          f"{state.epoch + 1}; saved in {self.path}; run the same command to resume", signum)
+        done = f"{state.update} updates of epoch {state.epoch + 1}" if state.update else f"epoch {state.epoch}"
+        raise Interrupted(f"stopped by {signal.Signals(signum).name} after {done}; saved in {self.path}; run the same "
+                          "command to resume", signum)
 
     def load(self) -> dict | None:
         "The checkpoint, on all ranks, if any. ValueError if it belongs to another experiment."

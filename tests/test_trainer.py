@@ -426,7 +426,7 @@ def test_a_checkpoint_that_could_not_be_loaded_is_noticed_when_it_is_written(tmp
 
 def test_a_signal_during_the_last_test_is_not_lost_and_the_folder_is_made(tmp_path):
     path, short = tmp_path / "new/run.pt", fixed(64, lr=0.1, epochs=1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after epoch 1; saved in"):
         trainer(short).fit(path, on_epoch=lambda epoch, row: signal.raise_signal(signal.SIGTERM))
     assert len(trainer(short).fit(path)) == 1
 
