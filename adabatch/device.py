@@ -41,8 +41,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 @contextlib.contextmanager
 def device_settings(device: torch.device, precision: str):
     "Within, `device` is the current GPU, and TF32 is allowed unless the precision is fp32."
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn) if device.type == "cuda" else ()
-    before = [b.allow_tf32 for b in backends]
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    try: before = [b.allow_tf32 for b in backends]
+    except RuntimeError:  # set through PyTorch's new interface, which does not mix with this one
+        if device.type == "cuda": raise
+        backends = before = ()
     for b in backends: b.allow_tf32 = precision != "fp32"
     try:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext(): yield
