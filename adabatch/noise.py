@@ -118,12 +118,14 @@ class NoiseScale:
 
     def measure(self, loss: Callable, *batch: torch.Tensor):
         """Two passes over halves of a batch; `loss(*batch)` is a mean over its samples. Leaves no trace. A batch of a
-        single sample says nothing. TypeError unless the batch consists of tensors."""
+        single sample says nothing. With several processes, call it on all, each with its shard: they measure the same.
+        TypeError unless the batch consists of tensors."""
         for t in batch:
             if not isinstance(t, torch.Tensor): raise WrongType(f"a batch is given as its tensors, not as {shown(t)}")
         halves = Halves(self.model, lambda *part: loss(*part) * len(part[0]))
         halves.add(*batch)
-        if (measured := halves.moments()) is not None: self.append(measured)
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if (measured := halves.moments(processes)) is not None: self.append(measured)
 
     def append(self, measured: torch.Tensor | Sequence[float]):
         "The `moments` of an update."
