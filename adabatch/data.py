@@ -109,9 +109,11 @@ MOST_PIXELS = 1024**3 // 4 // 3  # of an image: a quarter of a GiB
 def _open(path, mode=None):
     "The image in a file, decoded and converted to `mode`. ValueError naming it if it cannot be read or is too large."
     from PIL import Image
+    deep = False
     try:
         with Image.open(path) as image:
-            if image.width * image.height <= MOST_PIXELS:
+            deep = mode and image.mode[0] in "IF"
+            if not deep and image.width * image.height <= MOST_PIXELS:
                 image.load()
                 return image.convert(mode) if mode else image
     except MemoryError: raise  # a problem of the machine, not of the file
@@ -120,6 +122,7 @@ def _open(path, mode=None):
         if getattr(error, "errno", None):  # the system's, not Pillow's
             raise WrongValue(f"{path} cannot be read ({error.strerror}): restore it") from None
         raise WrongValue(f"{path} is damaged or no image ({type(error).__name__}): restore it") from None
+    if deep: raise WrongValue(f"{path} has more than 8 bits a channel, which would be cut off: convert it")
     raise WrongValue(f"{path} has more than {MOST_PIXELS:,} pixels: scale it down")
 
 def _pixels(path, size=32):
@@ -160,6 +163,12 @@ def class_folders(
     images = [_class_images(entry.path) for entry in classes]
     labels = [label for label, paths in enumerate(images) for _ in paths]
     return [entry.name for entry in classes], [path for paths in images for path in paths], labels
+
+def _check_alike(names, test_names, train, test):
+    "ValueError naming the class that one of both sets lacks, as the others would get its label."
+    if alone := sorted({*names} ^ {*test_names}):
+        lacking = test if alone[0] in names else train
+        raise WrongValue(f"{lacking} lacks the class {alone[0]}: both sets must have the same class folders")
 
 # %% ../nbs/04_data.ipynb #79a3960b
 def draw_crop(
@@ -293,9 +302,7 @@ class Folder:
         if not tests or not (root / "train").is_dir():
             raise WrongValue(f"{path} must hold class folders in train/ and in val/ or test/")
         (names, *train), (test_names, *test) = class_folders(root / "train"), class_folders(tests[0])
-        if alone := sorted({*names} ^ {*test_names}):
-            lacking = tests[0] if alone[0] in names else root / "train"
-            raise WrongValue(f"{lacking} lacks the class {alone[0]}: both sets must have the same class folders")
+        _check_alike(names, test_names, root / "train", tests[0])
         self.classes, self.train_size, self.test_size = len(names), len(train[0]), len(test[0])
         self.mean, self.std = (_per_channel(v, self.device) for v in (IMAGENET_MEAN, IMAGENET_STD))
         squares = _Squares(*train, size), _Squares(*test, size)
@@ -363,14 +370,14 @@ def _download(name, data_dir):
 
 # %% ../nbs/04_data.ipynb #d69e2f97
 def _files(folder, split, classes):
-    "Image paths and labels of one split of class folders. ValueError if part of it is missing."
+    "Class names, and image paths with labels, of one split of class folders. ValueError if part of it is missing."
     root = folder / split
     if not root.is_dir(): raise WrongValue(f"{root} is missing: the data set is incomplete")
     names, paths, labels = class_folders(root)
     if len(names) != classes: raise WrongValue(f"{root} holds {len(names)} of {classes} classes: unpack all of it")
     if len(paths) != CIFAR_SIZES[split]:
         raise WrongValue(f"{root} holds {len(paths):,} of {CIFAR_SIZES[split]:,} images: unpack all of it")
-    return list(zip(paths, labels))
+    return names, list(zip(paths, labels))
 
 def _decoded(paths):
     "The pixels of a few images, (n, 3, 32, 32) uint8. Or, returned, the ValueError of one that cannot be read."
@@ -393,7 +400,8 @@ def _fingerprint(files):
 
 def _cached(folder, classes):
     "Both splits of the class folders, decoded, or from the cache next to them if it is current."
-    files = [_files(folder, split, classes) for split in ("train", "test")]
+    names, files = zip(*(_files(folder, split, classes) for split in ("train", "test")))
+    _check_alike(*names, folder / "train", folder / "test")
     cache, key = folder.with_suffix(".cache.npz"), _fingerprint(files)
     try:
         with np.load(cache) as f:

@@ -34,7 +34,8 @@ def status(run: Run) -> str:
         if not run.path.parent.is_dir(): return "to do"
         with contextlib.suppress(OSError), lock(run.path): pass  # who may only read sees all but whether it is running
         saved = load_checkpoint(checkpoint_path(run))
-        return f"interrupted in epoch {saved['epoch'] + 1} of {run.schedule.epochs}" if saved else "to do"
+        last = run.schedule.epochs
+        return f"interrupted in epoch {min(saved.get('epoch', 0) + 1, last)} of {last}" if saved else "to do"
     except Busy: return "running"
     except (ValueError, OSError) as error: return str(error)
 
@@ -104,7 +105,8 @@ class Sweep:
         "Make one run. Returns its outcome."
         if self.stopped or finished(run, self.executor, status(run)): return None
         run.path.parent.mkdir(parents=True, exist_ok=True)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // self.jobs))
+        beside = self.jobs * run.experiment.processes
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // beside))
         child = subprocess.Popen(command(run, self.executor), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                  text=True, env=os.environ | ({"OMP_NUM_THREADS": threads} if self.jobs > 1 else {}))
         self.children.add(child)

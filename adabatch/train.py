@@ -8,11 +8,12 @@ __all__ = ['HERE', 'LAUNCHED', 'GRACE_SECONDS', 'existing', 'checkpoint_path', '
            'train', 'run', 'end_with_launcher', 'raise_interrupt', 'which_signal', 'launch', 'evaluate_weights', 'main']
 
 # %% ../nbs/10_train.ipynb #8005049d
-import argparse, contextlib, os, platform, select, signal, subprocess, sys, threading, time
+import argparse, contextlib, math, os, platform, select, signal, subprocess, sys, threading, time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import WrongValue, record
@@ -21,7 +22,7 @@ from .device import Interrupted, World, allocator, device_settings, keep_freed_m
 from .experiment import (
     DIVISION, Experiment, Run, add_options, arguments, exit_code, parse, recipe_table, resolve, training_samples)
 from .files import (
-    Busy, atomic_write, checkpoint_files, load_weights, lock, remove_checkpoint, save_checkpoint)
+    atomic_write, checkpoint_files, load_weights, lock, remove_checkpoint, save_checkpoint)
 from .loader import Plan
 from .models import get_model
 from .noise import TRIGGERS, grow_by
@@ -73,14 +74,15 @@ def reserve(run: Run, world: World) -> Iterator[Record | None]:
 
     def take():
         stack.enter_context(lock(run.path))
+        _remove_leftover(run)
         for path in (checkpoint_path(run), weights_path(run)):
             if path.is_dir(): raise OSError(f"{path} is a folder, where a file is to be written: remove it")
-        if look(): raise Busy(f"{run.path} has just been written by another process")
+        if found := look(): return found  # another process has just written it
         _resume_from(run)
     with contextlib.ExitStack() as stack:
         found = world.on_rank_0(look)
-        world.on_rank_0(lambda: _remove_leftover(run) if found else take())
-        yield found
+        if found: world.on_rank_0(lambda: _remove_leftover(run))
+        yield found or world.on_rank_0(take)
 
 # %% ../nbs/10_train.ipynb #2d0534f5
 HERE = Path(globals().get("__file__", "../adabatch/train.py")).resolve().parent  # a notebook has no __file__
@@ -108,17 +110,16 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 def origin(device: torch.device) -> dict:
-    "The current device and commit: both may change before a run ends."
-    return dict(device=device_name(device), commit=commit())
+    "What may change before a run ends: device, commit, and versions that the numbers depend on."
+    return dict(device=device_name(device), commit=commit(), torch=str(torch.__version__), numpy=np.__version__)
 
 def environment(trainer: Trainer) -> dict:
-    "What a run was made on and with: all devices and commits, if it was resumed on others."
+    "What a run was made on and with: all devices, commits and versions, if it was resumed with others."
     parts = trainer.state.origins or [origin(trainer.device)]
-    device, source = ("; ".join(dict.fromkeys(part[name] for part in parts)) for name in ("device", "commit"))
-    return dict(device=device, processes=trainer.world.size, threads=torch.get_num_threads(),
-                clock=trainer.clock.source, precision=trainer.precision, compile=trainer.compile, allocator=allocator(),
-                torch=torch.__version__, python=platform.python_version(), commit=source,
-                restarts=trainer.state.restarts)
+    varying = {name: "; ".join(dict.fromkeys(part[name] for part in parts if name in part)) for name in parts[-1]}
+    return varying | dict(processes=trainer.world.size, threads=torch.get_num_threads(), clock=trainer.clock.source,
+                          precision=trainer.precision, compile=trainer.compile, allocator=allocator(),
+                          python=platform.python_version(), restarts=trainer.state.restarts)
 
 # %% ../nbs/10_train.ipynb #35c5530e
 class Silent:
@@ -258,8 +259,14 @@ def train(
             part, minutes = origin(device), run.experiment.checkpoint_minutes
             trainer = make_trainer(run, data or _load_data(run, device, world))
             show.on_start(trainer)
-            trainer.fit(checkpoint_path(run), identity(run), minutes, show.on_epoch, show.on_update, part)
-            return world.on_rank_0(lambda: _save(run, trainer))
+            stop = None
+            try: trainer.fit(checkpoint_path(run), identity(run), minutes, show.on_epoch, show.on_update, part)
+            except Interrupted as asked:
+                if trainer.state.epoch < run.schedule.epochs: raise
+                stop = asked  # during the last test: the record first
+            made = world.on_rank_0(lambda: _save(run, trainer))
+            if stop: raise stop
+            return made
 
 def run(
     experiment: Experiment | Run,
@@ -284,7 +291,8 @@ def _check_processes(run):
     if e.processes > 8 * cores:
         raise WrongValue(f"processes is {e.processes}, but this machine has {cores} cores: give at most {8 * cores}")
 
-LAUNCHED = {"ADABATCH_LAUNCHED": "1", "PYTHONUNBUFFERED": "1"}  # in the environment of the processes
+LAUNCHED = {"ADABATCH_LAUNCHED": "1", "PYTHONUNBUFFERED": "1",  # in the environment of the processes
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}  # seconds that torchrun leaves them for a last checkpoint
 GRACE_SECONDS = 5.0  # for a last checkpoint after the launcher has gone
 
 def end_with_launcher():
@@ -330,7 +338,7 @@ def launch(run: Run):
 # %% ../nbs/10_train.ipynb #6553bdc7
 def _pass_on(child):
     "Print what torchrun prints, until it ends. Its lines, and the signal that interrupted it, or None."
-    lines, interrupted = [], None
+    lines, interrupted, first = [], None, math.inf
     while True:
         try:
             for line in child.stdout:
@@ -338,9 +346,10 @@ def _pass_on(child):
                 if not interrupted or line.startswith("stopped by"): print(line, end="", flush=True)
             return lines, interrupted
         except KeyboardInterrupt as stop:
-            if interrupted: child.stdin.close()  # second request: do not wait for a checkpoint
-            else: child.send_signal(signal.SIGINT)  # torchrun passes it on; only what the trainer says is shown
-            interrupted = interrupted or which_signal(stop)
+            if time.monotonic() - first > 1: child.stdin.close()  # second request: do not wait for a checkpoint
+            if interrupted: continue  # Ctrl-C in a sweep comes from the terminal and from the sweep
+            interrupted, first = which_signal(stop), time.monotonic()
+            child.send_signal(signal.SIGINT)  # torchrun passes it on; only what the trainer says is shown
 
 def _failure(lines):
     "The output of a failed run, from the first traceback or error on."

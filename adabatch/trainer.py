@@ -146,6 +146,8 @@ class Step:
         "Add `factor` times the gradient of the loss."
         loss.backward(loss.new_full((), factor))
 
+    def forget(self): "Free what was recorded."
+
     def make_graph(self, x: torch.Tensor, y: torch.Tensor):
         "Compile for the shape of this batch."
         self.warm_up(x, y)
@@ -204,9 +206,13 @@ class GraphedStep(Step):
     "A `Step` of one process that repeats recorded passes: two launches for each micro-batch."
     def __init__(self, *settings):
         super().__init__(*settings)
-        gc.collect()  # an earlier training's passes and step refer to each other, and would keep their memory
-        self.passes, self.now, self.pool = {}, None, None  # the graphs share their memory
+        self.forget()
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def forget(self):  # what is tried next has the memory, and is recorded with the largest first
+        self.passes, self.now, self.pool = {}, None, None  # the graphs share their memory
+        gc.collect()  # passes and step refer to each other: also of an earlier training
+        if self.device.type == "cuda": torch.cuda.empty_cache()
 
     def record(self, *works: Callable) -> list[Callable]:
         "For each, what launches its kernels again on the same memory. Calls them all twice before."
@@ -250,22 +256,33 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items(): module.training = training
 
+def _tested(step, data, others, size):
+    "Sums over this process's part of the test set, in passes of at most `size` samples; None if memory runs out."
+    totals = torch.zeros(2 + len(others), dtype=EpochSums(step.device).loss.dtype, device=step.device)
+    part = shard((0, data.test_size), step.world.rank, step.world.size)
+    try:
+        for x, y in data.test_batches(micro_batches(part, size)):
+            for total, value in zip(totals, step.forward_eager(step.model, x, y, *others)): total.add_(value)
+    except RuntimeError as error:
+        if not out_of_memory(error): raise
+        return None
+    return totals
+
 @torch.no_grad()
 def evaluate(
     step: Step,
     data,  # `Images`, `Folder`, or an object with their methods
     *others: Callable,  # further metrics: of (output, targets), summed over the samples
-    size: int = TEST_BATCH,  # samples in a forward pass
 ) -> list[float]:  # loss, metric, others
-    "Means on the test set. Call on all ranks."
-    world, dtype = step.world, EpochSums(step.device).loss.dtype
-    totals = torch.zeros(2 + len(others), dtype=dtype, device=step.device)
+    "Means on the test set, in forward passes that fit into memory. Call on all ranks."
+    world, size = step.world, TEST_BATCH
     if world.size > 1:
         for b in step.model.buffers(): dist.broadcast(b, 0)
-    part = shard((0, data.test_size), world.rank, world.size)
-    with eval_mode(step.model):
-        for x, y in data.test_batches(micro_batches(part, size)):
-            for total, value in zip(totals, step.forward_eager(step.model, x, y, *others)): total.add_(value)
+    with eval_mode(step.model): totals = _tested(step, data, others, size)
+    while world.maximum([totals is None])[0]:
+        if size == 1: raise MemoryError(f"not even one test sample fits in memory ({step.device})")
+        size = -(-size // 2)
+        with eval_mode(step.model): totals = _tested(step, data, others, size)
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
@@ -318,7 +335,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 # %% ../nbs/07_trainer.ipynb #ab72a3f6
 GO, SAVE, STOP = range(3)
-ASK_SECONDS = 0.25  # between two polls of all processes: a signal is answered within that time, or one update
+ASK_SECONDS = 0.25  # between two polls of all processes: a signal is answered within that time, or one update or test
 
 def matching_checkpoint(path: str | Path, identity: dict) -> dict | None:
     "The checkpoint, if any. ValueError if it belongs to another experiment."
@@ -549,6 +566,7 @@ def prepare(loop: EpochLoop):
     few = min(n for n in (64, loop.micro_batch.asked, loop.data.test_size) if n)
     check_loss(loop.step, *next(iter(loop.data.test_batches([(0, few)]))))
     if not loop.model.training: loop.model.train()  # as in an update
+    if not loop.micro_batch.sizes.keys() >= {s.stage.batch_size for s in loop.plan.segments}: loop.step.forget()
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
     for segment in loop.plan.segments:
         size, state.oom_limit = loop.micro_batch.find(segment.stage.batch_size, state.oom_limit)
@@ -568,8 +586,7 @@ def epoch_row(loop: EpochLoop) -> dict:
     sums, begin = state.sums.gather(loop.world), time.perf_counter()
     loss, metric = sums[:, :2].sum(0).tolist()
     mean, slowest = sums[:, 2:].mean(0).tolist(), sums[:, 2:].amax(0).tolist()
-    fits = min(TEST_BATCH, state.oom_limit or TEST_BATCH)
-    test_loss, test_error, *others = evaluate(loop.step, data, *loop.test_metrics.values(), size=fits)
+    test_loss, test_error, *others = evaluate(loop.step, data, *loop.test_metrics.values())
     names = [f"{phase}_seconds" for phase in (*PHASES, "train", "resize")]
     row = dict(lr=first.lr, batch_size=first.batch_size, updates=len(updates),
                samples=used, left_out=data.train_size - used,

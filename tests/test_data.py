@@ -67,6 +67,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tiny):
     for harm, line in (
         (lambda: shutil.rmtree(broken / "test"), "test is missing: the data set is incomplete"),
         (lambda: shutil.rmtree(broken / "train/class9"), "train holds 9 of 10 classes"),
+        (lambda: (broken / "test/class3").rename(broken / "test/others"), "test lacks the class class3"),
         ((broken / "train/class4/1.png").unlink, "train holds 19 of 20 images"),
         (lambda: os.truncate(broken / "test/class4/0.png", 900), "class4/0.png is damaged"),
         (image("train/class2/0.png", size=(31, 32)), "class2/0.png is RGB of 31x32 pixels, not RGB of 32x32"),

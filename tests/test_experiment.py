@@ -103,6 +103,41 @@ def test_an_interrupted_overwrite_is_not_lost(tmp_path, quick):
     assert run(again).environment["restarts"] == 1
     assert not path.with_suffix(".pt").exists() and not path.with_suffix(".weights.pt").exists()
 
+class StopsAtTheEnd(train.Silent):
+    def on_epoch(self, epoch, row):
+        if epoch == 1: stop()
+
+def test_a_signal_during_the_last_test_ends_the_process_but_leaves_the_record(tmp_path, quick):
+    e = resolve(Experiment(output_dir=str(tmp_path), **SHORT))
+    with pytest.raises(Interrupted): run(e, StopsAtTheEnd())
+    assert train.existing(e).status == "complete" and not e.path.with_suffix(".pt").exists()
+
+def test_overwriting_trains_again_though_the_finished_checkpoint_was_left(tmp_path, quick, monkeypatch):
+    e, updates = Experiment(output_dir=str(tmp_path), **SHORT), []
+    with monkeypatch.context() as killed:
+        killed.setattr(train, "remove_checkpoint", lambda path: None)
+        run(e)
+    assert resolve(e).path.with_suffix(".pt").exists()
+    run(replace(e, overwrite=True), at_update((0, 1), lambda: updates.append(1))())
+    assert updates
+
+class Launched:
+    "A process whose output is interrupted twice, `apart` seconds from one another, and then ends."
+    def __init__(self, apart):
+        self.outputs, self.stdin, self.done = iter((0, apart, None)), self, []
+        self.send_signal, self.close = self.done.append, lambda: self.done.append("closed")
+
+    @property
+    def stdout(self):
+        if (wait := next(self.outputs)) is None: return iter(())
+        time.sleep(wait)
+        raise KeyboardInterrupt
+
+def test_one_ctrl_c_that_arrives_twice_is_one_request():
+    for apart, done in ((0.1, [signal.SIGINT]), (1.2, [signal.SIGINT, "closed"])):
+        child = Launched(apart)
+        assert train._pass_on(child) == ([], signal.SIGINT) and child.done == done
+
 def test_a_checkpoint_older_than_its_record_is_removed(tmp_path, quick):
     e = Experiment(output_dir=str(tmp_path), **SHORT)
     interrupted(e)

@@ -137,6 +137,8 @@ def header(width, height):
 UNREADABLE = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-400]), "is damaged or no image (OSError): restore it"),
     "text": (lambda p: p.write_text("no image"), "is damaged or no image (UnidentifiedImageError): restore it"),
+    "16 bits": (lambda p: Image.new("I;16", (60, 24), 999).save(p, "PNG"), "has more than 8 bits a channel"),
+    "floats": (lambda p: Image.new("F", (60, 24), 0.5).save(p, "TIFF"), "has more than 8 bits a channel"),
     "empty": (lambda p: p.write_bytes(b""), "is damaged or no image (UnidentifiedImageError): restore it"),
     "gone": (lambda p: p.unlink(), "cannot be read (No such file or directory): restore it"),
     "100 megapixels": (lambda p: p.write_bytes(header(10_000, 10_000)), "has more than 89,478,485 pixels"),

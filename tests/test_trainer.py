@@ -314,6 +314,12 @@ def test_recorded_passes_train_as_others_do(graphed, settings):
     pairs = zip(plain.model.state_dict().values(), recorded.model.state_dict().values())
     assert all(torch.equal(a, b) for a, b in pairs)
 
+def test_a_size_that_a_trigger_asks_for_is_recorded_with_the_largest_first(graphed):
+    grow = partial(grow_by, lambda rows: True, max_batch_size=32)
+    t = trainer(fixed(16, lr=0.02, epochs=3), normalised(), Watched(330), compile=True, grow=grow)
+    assert [row["batch_size"] for row in t.fit()] == [16, 32, 32]
+    assert [x[0] for x, *_ in t.step.passes] == [32, 16]
+
 def test_no_shape_is_met_that_was_not_recorded(graphed, monkeypatch):
     t = short(True, micro_batch=7, drop_last=False)
     forward, eager = t.step.forward, []
@@ -452,3 +458,14 @@ def controls(folder):
     with process_group("cpu"): assert trainer(GROWING).world.control is trainer(GROWING).world.control
 
 def test_trainers_of_several_processes_share_their_control_group(tmp_path): together(2, controls, str(tmp_path))
+
+def test_a_test_that_does_not_fit_into_memory_is_cut(monkeypatch):
+    t, whole = trainer(GROWING), trainer(GROWING)
+    forward, sizes = t.step.forward_eager, []
+    def cramped(net, x, y, *others):
+        sizes.append(len(x))
+        if len(x) > 13: raise torch.OutOfMemoryError
+        return forward(net, x, y, *others)
+    monkeypatch.setattr(t.step, "forward_eager", cramped)
+    found = engine.evaluate(t.step, t.data)
+    assert found == pytest.approx(engine.evaluate(whole.step, whole.data)) and max(sizes[-4:]) <= 13
