@@ -336,7 +336,7 @@ def _label(ax, x, y, text, color, name):
     "The label of a point, at the lowest, mean or highest `y`: where the neighbouring arms leave room."
     below, above = (y[0], (0, -7), "center", "top"), (y[2], (0, 7), "center", "bottom")
     left, right = (y[1], (-9, 0), "right", "center"), (y[1], (9, 0), "left", "center")
-    places = {"AdaBatch": below, "constant batch": above, "decay without growth": above, "growth with full decay": left}
+    places = {"AdaBatch": below, "constant batch": left, "decay without growth": above, "growth with full decay": above}
     at, offset, side, height = places.get(name, right)
     ax.annotate(text, (x, at), xytext=offset, textcoords="offset points", ha=side, va=height, color=color, fontsize=10)
 
