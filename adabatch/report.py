@@ -526,8 +526,8 @@ def _real_images(evidence, verdicts):
     saved = f"{100 * (1 - fewer / more):.0f} %"
     pairs, tf32 = sum(v.pairs for v in judged), evidence.endpoints((*ten.key("adaptive")[:2], _ON_GPU))
     text = (f"**In the {pairs} pairs run over 100 epochs of CIFAR, AlexNet reached a similar test error with AdaBatch "
-            f"in {saved} fewer updates** ({fewer:,} instead of {more:,}, for the same images): {_errors(evidence, ten)} for the small "
-            f"batch on CIFAR-10 ({judged[0].n}), {_errors(evidence, hundred)} on CIFAR-100 ({judged[1].n}). Too few to "
+            f"in {saved} fewer updates** ({fewer:,} instead of {more:,}, for the same images): "
+            f"{_errors(evidence, ten)} for the small batch on CIFAR-10 ({judged[0].n}), {_errors(evidence, hundred)} on CIFAR-100 ({judged[1].n}). Too few to "
             "decide: that takes four pairs each, at least.")
     if tf32: text += (f" ({len(tf32)} more runs of AdaBatch on CIFAR-10, on a GPU in tf32, not in the table: "
                       f"{spread(tf32.values(), n=False)} %.)")
@@ -610,9 +610,10 @@ def _decay(evidence):
     if not all(lower.runs + higher.runs): return None
     milder = control_key("decay without growth, 20 epochs")
     text = ("**In a fifth of the epochs the small batch's decay is too fast, and at equal decay growth costs error**: "
-            f"with a decay of 0.75 instead of 0.375 the small batch ends {-lower.difference:.1f} points below AdaBatch, "
-            f"which has 0.75, too ({lower.n}, {_updates(evidence, milder):,} updates), and AdaBatch with 0.375 "
-            f"{higher.difference:.1f} above ({higher.n}; of the seeds that both have). Over 100 epochs this was not run.")
+            f"with a decay of 0.75 instead of 0.375 the small batch ends {-lower.difference:.1f} points below "
+            f"AdaBatch, which has 0.75, too ({lower.n}, {_updates(evidence, milder):,} updates), and AdaBatch with "
+            f"0.375 {higher.difference:.1f} above ({higher.n}; of the seeds that both have). Over 100 epochs this was "
+            "not run.")
     return Finding(text, (lower.word, higher.word) == ("fails", "holds"))
 
 # %% ../nbs/13_report.ipynb #3953f401
