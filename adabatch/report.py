@@ -527,8 +527,8 @@ def _real_images(evidence, verdicts):
     pairs, tf32 = sum(v.pairs for v in judged), evidence.endpoints((*ten.key("adaptive")[:2], _ON_GPU))
     text = (f"**In the {pairs} pairs run over 100 epochs of CIFAR, AlexNet reached a similar test error with AdaBatch "
             f"in {saved} fewer updates** ({fewer:,} instead of {more:,}, for the same images): "
-            f"{_errors(evidence, ten)} for the small batch on CIFAR-10 ({judged[0].n}), {_errors(evidence, hundred)} on "
-            f"CIFAR-100 ({judged[1].n}). Too few to decide: that takes four pairs each, at least.")
+            f"{_errors(evidence, ten)} for the small batch on CIFAR-10 ({judged[0].n}), {_errors(evidence, hundred)} "
+            f"on CIFAR-100 ({judged[1].n}). Too few to decide: that takes four pairs each, at least.")
     if tf32: text += (f" ({len(tf32)} more runs of AdaBatch on CIFAR-10, on a GPU in tf32, not in the table: "
                       f"{spread(tf32.values(), n=False)} %.)")
     return Finding(text, all(v.word == "not decided" and v.pairs < 4 and abs(v.difference) < 0.5 for v in judged))
