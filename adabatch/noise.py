@@ -104,6 +104,8 @@ class Halves:
         return torch.stack([noise, first @ second])
 
 # %% ../nbs/06_noise.ipynb #1a2d0144
+def _processes(): return dist.get_world_size() if dist.is_initialized() else 1
+
 class NoiseScale:
     """The gradient noise scale over the latest measured updates of a training, to feed in one of three ways.
 
@@ -124,8 +126,7 @@ class NoiseScale:
             if not isinstance(t, torch.Tensor): raise WrongType(f"a batch is given as its tensors, not as {shown(t)}")
         halves = Halves(self.model, lambda *part: loss(*part) * len(part[0]))
         halves.add(*batch)
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        if (measured := halves.moments(processes)) is not None: self.append(measured)
+        if (measured := halves.moments(_processes())) is not None: self.append(measured)
 
     def append(self, measured: torch.Tensor | Sequence[float]):
         "The `moments` of an update."
@@ -156,7 +157,7 @@ class NoiseScale:
         """Call after the backward pass of each micro-batch. An update of a single one says nothing. ValueError unless
         those of an update are equal, and their weights sum to 1; or with several processes, whose last pass leaves the
         mean of all."""
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if _processes() > 1:
             raise WrongValue("accumulated is for one process: with several, use watch and exchanged, or measure")
         gradient = self._gradient()
         self._squares += ((gradient - self._before) / weight).square().sum()

@@ -539,7 +539,7 @@ _SAYS = {"holds": "AlexNet ends within one point of the small batch",
 
 def _fifth(evidence):
     "AlexNet on CIFAR-10 in 20 epochs, once all pairs are there."
-    c = Comparison("cifar10", "alexnet", "-epochs20-every4")
+    c = FIFTH
     v = compare(evidence, c)
     if v.pairs < 4: return None
     loss, (low, high) = loss_difference(evidence, c)

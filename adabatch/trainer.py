@@ -278,11 +278,10 @@ def evaluate(
     world, size = step.world, TEST_BATCH
     if world.size > 1:
         for b in step.model.buffers(): dist.broadcast(b, 0)
-    with eval_mode(step.model): totals = _tested(step, data, others, size)
-    while world.maximum([totals is None])[0]:
-        if size == 1: raise MemoryError(f"not even one test sample fits in memory ({step.device})")
-        size = -(-size // 2)
-        with eval_mode(step.model): totals = _tested(step, data, others, size)
+    with eval_mode(step.model):
+        while world.maximum([(totals := _tested(step, data, others, size)) is None])[0]:
+            if size == 1: raise MemoryError(f"not even one test sample fits in memory ({step.device})")
+            size = -(-size // 2)
     return (world.gather(totals.tolist()).sum(0) / data.test_size).tolist()
 
 def try_size(step: Step, sample: Callable, size: int) -> RuntimeError | None:
