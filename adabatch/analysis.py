@@ -115,13 +115,13 @@ class Verdict:
     difference: float  # in points; NaN without runs
     pooled: Interval | None
     paired: Interval | None
-    runs: tuple[int, int]  # of the two arms
+    runs: tuple[int, int]  # of the two arms, that were compared
     pairs: int  # seeds that both have
     early: bool = False  # decided before all planned pairs were there
 
     @property
     def n(self) -> str:
-        "Such as `4 pairs`, or `3 and 1 runs` where the seeds differ."
+        "Such as `4 pairs`, or `3 and 1 runs` where no seed is shared."
         if self.runs == (self.pairs,) * 2: return f"{self.pairs} pair" + "s" * (self.pairs != 1)
         return f"{self.runs[0]} and {self.runs[1]} runs"
 
@@ -134,7 +134,9 @@ def judge(
     planned: int = 4,  # pairs
 ) -> Verdict:
     "Does a claim about a difference of means hold?"
-    seeds, runs = sorted(a.keys() & b.keys()), (len(a), len(b))
+    seeds = sorted(a.keys() & b.keys())
+    if seeds: a, b = ({seed: arm[seed] for seed in seeds} for arm in (a, b))  # seeds differ by as much as arms
+    runs = len(a), len(b)
     if not all(runs): return Verdict("not decided", np.nan, None, None, runs, 0)
     difference = float(np.mean(list(a.values())) - np.mean(list(b.values())))
     paired = paired_interval([a[seed] - b[seed] for seed in seeds])
@@ -228,12 +230,10 @@ def controlled(name: str) -> Comparison:
     "The comparison with whose AdaBatch a control is compared."
     return FIFTH if FIFTH.suffix in control_key(name)[2] else PAPER
 
-def compare_control(evidence: Evidence, name: str) -> Verdict:
-    "Does a control end higher than AdaBatch? Of the seeds that it has, if AdaBatch has all of them."
+def compare_control(evidence: Evidence, name: str, role: str = "adaptive") -> Verdict:
+    "Does a control end higher than AdaBatch, or than another role of the comparison?"
     c = controlled(name)
-    control, grown = (evidence.endpoints(key) for key in (control_key(name), c.key("adaptive")))
-    if control.keys() < grown.keys(): grown = {seed: grown[seed] for seed in control}  # seeds differ by as much as arms
     arms = [control_key(other) for other in CONTROLS if other != "scaled rate" and controlled(other) == c]
     arms += _related(evidence, c, "adaptive")
     spread = pool(evidence.endpoints(key).values() for key in dict.fromkeys(arms))
-    return judge(control, grown, 0.0, np.inf, spread)
+    return judge(evidence.endpoints(control_key(name)), evidence.endpoints(c.key(role)), 0.0, np.inf, spread)

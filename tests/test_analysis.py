@@ -76,10 +76,13 @@ def test_ends_higher(a, b, word, early):
     v = judge(by_seed(a), by_seed(b), 0, np.inf, CLOSE)
     assert (v.word, v.early) == (word, early)
 
-def test_pairs_are_seeds_that_both_arms_have():
-    v = judge({3: 8.1, 0: 8.0, 7: 1.0}, {0: 8.0, 3: 8.0}, -1, 1, CLOSE)
-    assert (v.pairs, v.runs, v.n) == (2, (3, 2), "3 and 2 runs")
+def test_pairs_are_seeds_that_both_arms_have_and_others_count_only_without_any():
+    a = {3: 8.1, 0: 8.0, 7: 1.0}
+    v = judge(a, {0: 8.0, 3: 8.0}, -1, 1, CLOSE)
+    assert (v.pairs, v.n, v.difference) == (2, "2 pairs", pytest.approx(0.05))
     assert v.paired == pytest.approx(paired_interval([0.0, 0.1]))
+    v = judge(a, {1: 8.0, 2: 8.0}, -1, 1, CLOSE)
+    assert (v.pairs, v.n, v.difference, v.paired) == (0, "3 and 2 runs", pytest.approx(-2.3), None)
 
 def test_damaged_misplaced_and_mixed_records_are_named_and_left_out(tmp_path):
     good = make(tmp_path)
@@ -118,11 +121,11 @@ def test_controls_are_compared_with_adabatch(tmp_path):
     for seed in range(4):
         make(tmp_path, seed, error=20 + 0.1 * seed, schedule="adabatch", dataset="cifar10")
         make(tmp_path, seed, error=20.2 + 0.1 * seed, dataset="cifar10")
-    make(tmp_path, error=26.0, dataset="cifar10", batch_size=640, lr=0.025)
+    for seed in (0, 7): make(tmp_path, seed, error=26.0, dataset="cifar10", batch_size=640, lr=0.025)
     evidence = collect(tmp_path)
-    assert evidence[control_key("constant batch")]
-    v = compare_control(evidence, "constant batch")
-    assert (v.word, v.early, v.runs) == ("holds", True, (1, 1)) and v.difference == pytest.approx(6)  # of its seed
+    for role, difference in (("adaptive", 6), ("small", 5.8)):
+        v = compare_control(evidence, "constant batch", role)
+        assert (v.word, v.early, v.runs) == ("holds", True, (1, 1)) and v.difference == pytest.approx(difference)
     assert compare_control(evidence, "stopped early").word == "not decided"
 
 def test_a_control_of_twenty_epochs_is_compared_with_adabatch_of_twenty(tmp_path):
