@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Key', 'LAST', 'PAIRS', 'Interval', 'EARLY', 'BOUNDS', 'PAPER', 'FIFTH', 'Evidence', 'examined', 'collect', 'endpoint',
-           'Spread', 'pool', 'paired_interval', 'Verdict', 'judge', 'arm_name', 'Comparison', 'comparisons', 'family',
-           'compare', 'loss_difference', 'control_key', 'controlled', 'compare_control']
+           'Spread', 'pool', 'paired_interval', 'Verdict', 'judge', 'arm_name', 'Comparison', 'comparisons', 'compare',
+           'loss_difference', 'control_key', 'controlled', 'compare_control']
 
 # %% ../nbs/12_analysis.ipynb #d6412aab
 from collections.abc import Iterable
@@ -50,9 +50,9 @@ def examined(output_dir: str | Path):
             found = record.load(path)
             e = Experiment(**found.config, compile=found.environment["compile"], output_dir=str(output_dir))
             run = Run(e, make_schedule(e))
+            objection = _objection(path, run, found)
         except OSError: objection = "cannot be read"
         except (ValueError, TypeError, KeyError, AttributeError): objection = "damaged, or no record of an experiment"
-        else: objection = _objection(path, run, found)
         yield path, run, found, objection
 
 def collect(output_dir: str | Path) -> Evidence:
@@ -192,16 +192,12 @@ def comparisons(evidence: Evidence) -> list[Comparison]:
     return sorted(found, key=lambda c: (*rank(c), c.model, c.suffix))
 
 # %% ../nbs/12_analysis.ipynb #aa4d8c80
-def family(dataset: str) -> str:
-    "The data sets whose seeds are taken to scatter alike."
-    return "cifar" if dataset.startswith("cifar") else dataset
-
 def _related(evidence, c, role):
     "The arms by whose pooled spread a role in a comparison is judged."
     there = comparisons(evidence)
     if role == "large": return [other.key(role) for other in there]
-    def like(other): return (other.model, family(other.dataset), other.suffix) == (c.model, family(c.dataset), c.suffix)
-    return [other.key(kind) for kind in ("small", "adaptive") for other in there if like(other)]
+    def alike(c): return c.model, c.suffix, "cifar" if c.dataset.startswith("cifar") else c.dataset  # scatter alike
+    return [other.key(kind) for kind in ("small", "adaptive") for other in there if alike(other) == alike(c)]
 
 BOUNDS = {"adaptive": (-1.0, 1.0), "large": (1.0, np.inf)}  # in points above the small batch
 

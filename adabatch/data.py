@@ -23,6 +23,7 @@ from . import WrongType, WrongValue
 from .device import check_device, launch_variable
 from .files import Busy, atomic_write, lock
 from .loader import draw_order, draw_seeds
+from .schedule import shown
 
 # %% ../nbs/04_data.ipynb #cdaaa4b7
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _normalise(images, mean, std): return images.float().sub_(mean).div_(std)
 
 class Images:
     """A data set held as uint8 tensors on one device, cropped, flipped and normalised batch by batch. ValueError for
-    tensors of another kind."""
+    tensors of another kind, labels that are no classes, or a mean and deviation that are not the channels'."""
     def __init__(self,
         train: tuple,  # images (N, C, H, W) uint8, labels (N,) int64
         test: tuple,  # the same
@@ -72,7 +73,12 @@ class Images:
             if kinds != (torch.uint8, 4, torch.int64, True):
                 raise WrongValue("images must be uint8 (N, C, H, W) and labels int64 (N,), at least one of each, not "
                                  f"{images.dtype} {tuple(images.shape)} and {labels.dtype} {tuple(labels.shape)}")
+            if labels.min() < 0 or labels.max() >= classes:
+                raise WrongValue(f"labels must be from 0 to {classes - 1}, not from {labels.min()} to {labels.max()}")
         c, h, w = self.shape
+        if {len(mean), len(std)} - {1, c} or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+            raise WrongValue(f"mean and std must be from 0 to 1, std above 0, for each of {c} channels (N, C, H, W), "
+                             f"not {shown(mean)} and {shown(std)}")
         padded = torch.zeros(self.train_size, h + 2 * pad, w + 2 * pad, c, dtype=torch.uint8, device=self.device)
         padded[:, pad:pad + h, pad:pad + w] = train[0].to(self.device).permute(0, 2, 3, 1)
         windows = padded.unfold(1, h, 1).unfold(2, w, 1)

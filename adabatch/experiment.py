@@ -140,7 +140,8 @@ class Run:
     def path(self) -> Path:
         "Where its record is stored: `<output_dir>/<dataset>/<model>/<arm>-seed<k>.npz`."
         e = self.experiment
-        return Path(e.output_dir, Path(e.dataset).resolve().name, e.model, f"{self.arm}-seed{e.seed}.npz")
+        folder = e.dataset if e.dataset in DATASETS else Path(e.dataset).resolve().name
+        return Path(e.output_dir, folder, e.model, f"{self.arm}-seed{e.seed}.npz")
 
     @property
     def config(self) -> dict:
@@ -294,15 +295,6 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
     "late growth": (_alexnet(max_batch_size=2048, trigger="40,60,80"), 3),
 }
 
-def _cpu():
-    "The controls, AlexNet's arms of the paper, and four pairs each of AlexNet and ResNet-20 at a fifth of the epochs."
-    both = "adabatch", "fixed"
-    pairs = [Experiment("alexnet", d, s, seed=seed) for d in ("cifar10", "cifar100") for seed in range(4) for s in both]
-    large = [Experiment("alexnet", d, "fixed", 4096) for d in ("cifar10", "cifar100")]
-    fifth = [Experiment(m, "cifar10", s, epochs=20, every=4, seed=seed)
-             for m in ("alexnet", "resnet20") for seed in range(4) for s in both]
-    return GRIDS["controls"] + pairs + large + fifth
-
 GRIDS = {
     "paper": [e for d in ("cifar10", "cifar100") for m in NETWORKS for e in three_arms(m, d)]  # one device
         + [Experiment(m, "cifar100", micro_batch=64) for m in NETWORKS]  # as the T4 reproduction grew its batch
@@ -312,7 +304,11 @@ GRIDS = {
         + [Experiment(m, "digits", "fixed", 256, warmup_epochs=2) for m in NETWORKS],
     "controls": [replace(e, seed=seed) for e, seeds in CONTROLS.values() for seed in range(seeds)],
 }
-GRIDS["cpu"] = _cpu()
+GRIDS["cpu"] = [*GRIDS["controls"],  # then AlexNet's arms of the paper, and pairs in a fifth of the epochs
+    *(Experiment("alexnet", d, s, seed=k) for d in ("cifar10", "cifar100") for k in range(4) for s in SCHEDULES),
+    *(Experiment("alexnet", d, "fixed", 4096) for d in ("cifar10", "cifar100")),
+    *(Experiment(m, "cifar10", s, epochs=20, every=4, seed=k)
+      for m in ("alexnet", "resnet20") for k in range(4) for s in SCHEDULES)]
 
 # %% ../nbs/09_experiment.ipynb #040b1a01
 def select(
@@ -368,6 +364,7 @@ def add_options(parser: argparse.ArgumentParser, leave_out: tuple = ()):
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict:
     "The options, by name. One that does not exist ends the command, with the nearest that does."
+    parser.allow_abbrev = False  # `sweep --seed 7` would be seven seeds
     options, unknown = parser.parse_known_args(argv)
     if not unknown: return vars(options)
     close = difflib.get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in vars(options)], 1)

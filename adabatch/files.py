@@ -110,7 +110,7 @@ class Busy(WrongValue):
 def lock(path: str | Path) -> Iterator[None]:
     "Exclusive right to write `path`. `Busy` if another process has it, OSError if its folder cannot be written."
     path = Path(path)
-    held = FileLock(f"{path}.lock", timeout=0)
+    held = FileLock(f"{path}.lock", timeout=0.1)  # not 0: a look at the run, as a sweep takes, has it for a moment
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -46,12 +46,12 @@ def alarm(seconds: float, ring: Callable) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-def attempt(name: str, seconds: float, make: Callable, describe: Callable = str):
-    "The result of `make()`, and a line that describes it; None, and a line, if it fails or takes longer."
+def attempt(name: str, seconds: float, make: Callable, describe: Callable = str, ring: Callable | None = None):
+    "The result of `make()`, and a line that describes it; None, and a line, if it fails or, without a `ring`, is late."
     def late(): raise TimeoutError(f"more than {seconds:g} s")
     begin, found = time.monotonic(), None
     try:
-        with alarm(seconds, late): found = make()
+        with alarm(seconds, ring or late): found = make()
         outcome = describe(found)
     except (Interrupted, KeyboardInterrupt): raise
     except Exception as error: outcome = f"FAILED, {type(error).__name__}: {error}"
@@ -290,18 +290,13 @@ def pack(output_dir: str, archive: str):
 def _make(run, data, seconds):
     "Make a run, and say what came of it. True if it then exists. KeyboardInterrupt, or Interrupted, if time is up."
     def ring(): signal.raise_signal(signal.SIGINT)  # the trainer ends its update
-    begin, name = time.monotonic(), run.path.as_posix()
-    try:
-        with alarm(seconds, ring):
-            if found := existing(run): say(f"{name}: exists, made on {found.environment['device']}")
-            else: say(f"{name}: {train(run, data=data).summary()} [{time.monotonic() - begin:.0f} s]")
-        return True
-    except (Interrupted, KeyboardInterrupt): raise
-    except Exception as error: say(f"{name}: FAILED, {type(error).__name__}: {error}")
+    def make():
+        if found := existing(run): return f"exists, made on {found.environment['device']}"
+        return train(run, data=data).summary()
+    try: return attempt(run.path.as_posix(), seconds, make, ring=ring) is not None
     finally:
         gc.collect()  # a trainer's parts refer to each other
         if data.device.type == "cuda": torch.cuda.empty_cache()
-    return False
 
 def run_until(
     runs: list[Run],

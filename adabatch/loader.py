@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import WrongType, WrongValue
-from .schedule import Schedule, Stage, shown, whole_number
+from .schedule import Schedule, Stage, positive_number, shown, whole_number
 
 # %% ../nbs/01_loader.ipynb #5c1d7c08
 def shard(
@@ -155,7 +155,8 @@ FURTHEST = 256  # batches that workers may be ahead of the training
 class _Progress:
     "How far a training has come. Warns, once for each subject, of a loop that departs from the plan."
     def __init__(self, updates):
-        self.updates, self.warned, self.drawing, self.counting = updates, set(), False, False
+        self.updates, self.warned = updates, set()
+        self.drawing = self.counting = self.stepping = False
         self.begin(0)
 
     def begin(self, update):
@@ -163,6 +164,7 @@ class _Progress:
         self.done = whole_number("start", update, least=0, most=self.updates)
         self.first = self.latest = self.drawn = self.done  # where a pass begins; batches drawn, of late and at most
         self.passing = False  # over all that is left, not an epoch
+        self.idle, self.looked = 0, None  # passes that counted nothing; where a loop over epochs began that only looked
 
     def warn(self, subject, message, stacklevel=4):
         if subject not in self.warned: warnings.warn(message, stacklevel=stacklevel)
@@ -177,12 +179,17 @@ class _Progress:
 
     def begin_pass(self):
         "Go on with the next update."
+        if self.looked is not None: self.begin(self.looked)
         if self.latest == self.updates and self.first < self.done < (self.first + self.updates) / 2:
             self.warn("count", f"the plan has given all {self.updates} batches, but the scheduler has counted "
                       f"{self.done} updates: step it once after each batch")
         if self.latest == self.updates > self.done and not self.counting:
             self.warn("end", f"the plan has given all {self.updates} batches, and begins again after {self.done} "
                       "updates: iterate the loader once, or set plan.start to begin again on purpose")
+        self.idle += self.passing and self.latest > self.first + 1 and self.first == self.done  # not by a single batch
+        if self.idle > 1:
+            self.warn("count", f"{self.idle + 1} passes have begun after {self.done} updates: step plan.lr_scheduler "
+                      "after each batch, or set plan.start to go on")
         self.first, self.passing = self.done, True
         if self.first == self.updates and self.drawing:
             self.warn("end", f"all {self.updates} updates are done, and no batches are left: iterate the loader once, "
@@ -204,6 +211,10 @@ class _Progress:
     def count(self, done):
         "Note that a scheduler has counted so many updates."
         if done == self.done: return  # it was just made, or another scheduler of the plan has counted this update
+        if self.first < done < self.done:
+            self.warn("count", f"one scheduler of the plan has counted {done} updates, another {self.done}: step all "
+                      "of them after each batch")
+            return
         if done > self.updates or (self.drawing and done > self.drawn):
             self.warn("count", f"the scheduler has counted {done} updates, but the plan has given {self.drawn} batches "
                       f"of {self.updates}: step it once after each batch, and when resuming, set plan.start")
@@ -223,11 +234,21 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     def step(self, *epoch):
         progress = self._plan._progress
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
-            if not isinstance(planned, torch.Tensor) and group["lr"] != planned:  # a tensor would wait for its GPU
+            on_gpu = isinstance(planned, torch.Tensor) and planned.device.type != "cpu"  # that would have to wait
+            if not on_gpu and group["lr"] != planned:
                 progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
                               "planned: nothing else may set it, no other scheduler either", 3)
+        progress.stepping = not epoch
         super().step(*epoch)
+        progress.stepping = False
         progress.count(self.last_epoch)
+
+    def get_lr(self):
+        if not self._plan._progress.stepping:
+            self._plan._progress.warn("count", "another scheduler, such as SequentialLR, sets the number of updates: "
+                                      "step the plan's alone, once after each batch; a warm-up belongs to the "
+                                      "schedule", 5)
+        return super().get_lr()
 
     def look_up(self):
         "Set the learning rates again, of a plan that has changed."
@@ -299,29 +320,49 @@ def _check_processes(plan):
                         "shard its loader again")
 
 def _by_epoch(plan: "Plan") -> Iterator[int]:
-    "Yields the epochs from `start` on; in each turn, iterating gives the updates of that epoch alone."
+    """Yields the epochs from `start` on; in each turn, iterating gives the updates of that epoch alone. A loop in which
+    no batch is drawn only looks: the next one begins where it began."""
+    progress = plan._progress
+    if progress.looked is not None: plan.start = progress.looked
+    first, idle = progress.done, True
     try:
-        while plan._progress.done < plan.updates:
-            plan._epoch = plan.at(plan._progress.done).epoch
+        while progress.done < plan.updates:
+            plan._epoch = plan.at(progress.done).epoch
             yield plan._epoch
-            plan._progress.end_epoch()
+            progress.end_epoch()
+            idle = idle and progress.first == progress.latest == progress.done
             plan.start = _end(plan)
+        if idle and first < plan.updates: progress.looked = first
     finally: plan._epoch = None
 
 def _growth(plan): return {"grown": plan._grown} if plan._grown else {}
 
-def _state(plan, update): return {"update": update} | _growth(plan)
+def _state(plan, update):
+    place = [plan.schedule.epochs, 0]
+    if update < plan.updates: place = [plan.at(update).epoch, plan.at(update).batch[0]]
+    return dict(update=update, samples=plan.samples, seed=plan.seed, place=place) | _growth(plan)
 
 def _state_dict(plan: "Plan") -> dict:
-    "The number of updates done, and how the plan has grown."
+    "The number of updates done, how the plan has grown, and what tells it from other plans."
     return _state(plan, plan.start)
 
 def _load_state_dict(plan: "Plan", state: dict):
-    "Resume where `state_dict` was taken. ValueError if it is not the state of a plan."
+    """Resume where `state_dict` was taken. ValueError if it is not the state of a plan, or of one that had made other
+    batches by then."""
     if not isinstance(state, dict) or "update" not in state:
         raise WrongValue(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
-    _unroll(plan, state.get("grown", []))
-    plan.start = state["update"]
+    before, done = plan._grown, plan._progress.done
+    try:
+        _unroll(plan, state.get("grown", []))
+        plan.start = state["update"]
+        now = _state(plan, plan._progress.done)
+        if differ := [name for name in state if name in now and state[name] != now[name]]:
+            raise WrongValue(f"the state is of another plan ({', '.join(differ)}): use the schedule, the data and the "
+                             "seed that it was made with, or set plan.start")
+    except (ValueError, TypeError):
+        _unroll(plan, before)
+        plan.start = done
+        raise
 
 def _unroll(plan, grown):
     "The segments of the schedule as it has `grown`: at which epochs, by which factor."
@@ -331,7 +372,7 @@ def _unroll(plan, grown):
     total = sum(s.epochs * s.updates for s in segments)
     updates = whole_number("the number of updates in the whole training", total)
     _check_micro_batch(plan, segments)
-    plan.schedule, plan._grown, plan.segments = schedule, grown, segments
+    plan.schedule, plan._grown, plan.segments = schedule, list(grown), segments
     plan.updates = plan._progress.updates = updates
 
 def _grow(plan: "Plan", growth: float = 2):
@@ -346,7 +387,7 @@ def _grow(plan: "Plan", growth: float = 2):
     if epoch == plan.schedule.epochs: raise WrongValue("a plan cannot grow in its last epoch, or after it")
     if plan._grown and plan._grown[-1][0] == epoch:
         raise WrongValue(f"the plan already grows for epoch {epoch}: grow it once, by the entire factor")
-    _unroll(plan, [*plan._grown, [epoch, growth]])
+    _unroll(plan, [*plan._grown, [epoch, positive_number("growth", growth)]])
     for scheduler in plan._schedulers: scheduler.look_up()
 
 # %% ../nbs/01_loader.ipynb #51e0c0a8
@@ -368,13 +409,23 @@ def _check_micro_batch(plan, segments):
         raise WrongValue(f"{size:,} samples are no whole number of micro-batches of {plan.micro_batch:,} on "
                          f"{plan.world_size:,} process{'es' * (plan.world_size > 1)}: {nearest}")
 
+def _samples(batch):
+    "In a micro-batch, by the first tensor in it; None if there is none."
+    if isinstance(batch, torch.Tensor): return len(batch) if batch.ndim else None
+    if isinstance(batch, dict): batch = list(batch.values())
+    return next(filter(None, map(_samples, batch)), None) if isinstance(batch, (list, tuple)) else None
+
 def _parts(plan, stream):
+    asked = None
     for update in map(plan.at, range(plan._progress.first, _end(plan))):
         for k in range(1, update.micro_batches + 1):
             try: batch = next(stream)
             except StopIteration:
                 message = f"the stream has ended after {update.index} of the {plan.updates} planned updates"
                 return plan._progress.warn("stream", message, 3)
+            if asked is None and (asked := _samples(batch) or plan.micro_batch) != plan.micro_batch:
+                plan._progress.warn("size", f"the stream's first micro-batch has {asked} samples, but the plan's "
+                                    f"micro_batch is {plan.micro_batch}", 3)
             plan._progress.draw(update.index)
             yield Part(update, 1 / update.micro_batches, k == update.micro_batches), batch
 
@@ -388,8 +439,13 @@ def _accumulate(plan: "Plan", stream: Iterable) -> Iterator[tuple[Part, object]]
     if (size := getattr(stream, "batch_size", None)) not in (None, plan.micro_batch):
         raise WrongValue(f"the loader's batch_size is {size}, but the plan's micro_batch {plan.micro_batch}")
     _check_processes(plan)
-    if plan._epoch is None: plan._progress.begin_pass()
-    return _parts(plan, iter(stream))
+    batches = iter(stream)
+    if plan._epoch is None:
+        if plan._progress.first < plan._progress.latest < plan.updates and batches is not stream:
+            plan._progress.warn("stream", "the stream begins anew, and the plan goes on: give accumulate one iterator, "
+                                "iter(loader), made once", 3)
+        plan._progress.begin_pass()
+    return _parts(plan, batches)
 
 # %% ../nbs/01_loader.ipynb #2fdcf54b
 class Plan:

@@ -78,6 +78,7 @@ class Halves:
     ):
         self.model, self.loss, self.place = model, loss, start
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters: raise WrongValue("the model has no parameters to train")
         self.sums = self.parameters[0].new_zeros(2, sum(p.numel() for p in self.parameters))
         self.counts = [0, 0]
 
@@ -137,9 +138,10 @@ class NoiseScale:
         return estimate(self.state_dict()["measured"])
 
     def _gradient(self):
-        found = [p.grad.flatten() for p in self.model.parameters() if p.grad is not None]
-        if not found: raise WrongValue("there are no gradients: call this after the backward pass, before zero_grad")
-        return torch.cat(found)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if all(p.grad is None for p in parameters):
+            raise WrongValue("there are no gradients: call this after the backward pass, before zero_grad")
+        return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
     def state_dict(self) -> dict:
         "The latest moments, for a checkpoint."
@@ -175,12 +177,16 @@ class NoiseScale:
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         def hook(group, bucket):
-            self._squares = self._squares + bucket.buffer().square().sum()
+            before = self._squares if bucket.index() else 0.0  # the first of a pass, whatever became of the last one
+            self._squares = before + bucket.buffer().square().sum()
             return allreduce_hook(group, bucket)
         ddp.register_comm_hook(None, hook)
 
     def exchanged(self, samples: int):  # in the shard of each process, the same in all
-        "Call after the backward pass that exchanges the gradients of an update, on all processes."
+        """Call after the backward pass that exchanges the gradients of an update, on all processes. ValueError without
+        `watch`, or for a single process."""
+        if not isinstance(self._squares, torch.Tensor): raise WrongValue("no gradients seen: call watch(ddp) first")
+        if _processes() < 2: raise WrongValue("exchanged is for several processes: use accumulated or measure")
         dist.all_reduce(self._squares)
         pieces, squares, self._squares = dist.get_world_size(), self._squares, 0.0
         whole = self._gradient().square().sum()

@@ -43,11 +43,6 @@ class Record:
     def epochs(self) -> int: return len(self.lr)
 
     @property
-    def samples_per_second(self) -> float:
-        "Training samples per second of `train_seconds`, over the run."
-        return float(self.samples.sum() / self.train_seconds.sum())
-
-    @property
     def seconds_per_sample(self) -> float:
         "Of the run, tests included, per training sample."
         return float((self.train_seconds.sum() + self.test_seconds.sum()) / self.samples.sum())
@@ -70,7 +65,7 @@ class Record:
         top5 = f" (top-5 {self.test_error_top5[-1]:.2f} %)" if "test_error_top5" in self.arrays else ""
         return (f"{self.status}: test error {self.test_error[-1]:.2f} %{top5} in the final epoch ({self.epochs}), "
                 f"{np.nanmin(self.test_error):.2f} % in the best ({np.nanargmin(self.test_error) + 1}); "
-                f"{self.samples_per_second:,.0f} training samples/s, "
+                f"{self.samples.sum() / self.train_seconds.sum():,.0f} training samples/s, "
                 f"{self.train_seconds.sum() + self.test_seconds.sum():,.0f} s on {self.environment['device']}")
 
 # %% ../nbs/08_record.ipynb #2dcb2d54

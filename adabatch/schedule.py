@@ -189,6 +189,8 @@ def _starts(every, milestones, epochs):
     starts = [0, *(_milestone(m) for m in milestones)]
     if any(b <= a for a, b in zip(starts, starts[1:])):
         raise WrongValue(f"milestones must be positive and increase, not {shown(milestones)}")
+    if len(starts) > 1 and starts[1] >= epochs:
+        warnings.warn(f"no milestone lies before the end, epoch {epochs}: milestones are in epochs", stacklevel=4)
     return [s for s in starts if s < epochs]
 
 # %% ../nbs/00_schedule.ipynb #450f7274
@@ -232,6 +234,8 @@ def _steps(size, top, growth, lr, lr_decay, every, epochs, warmup_epochs, base_b
         if warmup > first:
             raise WrongValue(f"warmup_epochs ({warmup}) must end before the first milestone ({first})")
         peak = lr * size / whole_number("base_batch_size", base_batch_size)
+        if peak <= lr: warnings.warn(f"the warm-up does not rise: it goes from lr={lr:g} to lr * batch_size / "
+                                     f"base_batch_size, which is {peak:g}", stacklevel=3)
     sizes = [_grown(size, growth, k, top) for k in range(len(starts))]
     _warn_of_shortfall(sizes[-1], size, top, growth, epochs, milestones)
     decays = [decay if b == a * growth else decay / growth * (b / a) for a, b in zip(sizes, sizes[1:])]

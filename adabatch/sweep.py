@@ -108,7 +108,8 @@ class Sweep:
         beside = self.jobs * run.experiment.processes
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // beside))
         child = subprocess.Popen(command(run, self.executor), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 text=True, env=os.environ | ({"OMP_NUM_THREADS": threads} if self.jobs > 1 else {}))
+                                 text=True, errors="backslashreplace",
+                                 env=os.environ | ({"OMP_NUM_THREADS": threads} if self.jobs > 1 else {}))
         self.children.add(child)
         if self.stopped: child.send_signal(signal.SIGINT)  # meanwhile
         output = child.communicate()[0]

@@ -360,7 +360,8 @@ def _failure(lines):
 # %% ../nbs/10_train.ipynb #2e8f7071
 def evaluate_weights(run: Run) -> dict[str, float]:
     """Test loss and errors (percent) of a run's weights, named as in the record. FileNotFoundError if they were
-    not kept, ValueError if they are damaged."""
+    not kept, ValueError if they are damaged, or the record was made with other settings."""
+    existing(run)
     e, path = run.experiment, weights_path(run)
     if not path.exists(): raise FileNotFoundError(f"{path} does not exist: train with another output_dir for weights")
     weights = load_weights(path)

@@ -118,14 +118,7 @@ def test_the_trial_of_several_processes_exchanges_nothing(): together(2, trial_o
     "GET was unable to find an engine to execute this computation", "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "MPS backend out of memory (MPS allocated: 9 GB)"])
-def test_memory_errors_of_all_kinds_halve_the_batch(message):
-    class Cramped(Watched):
-        def forward(self, x):
-            if self.training and len(x) > 10: raise RuntimeError(message)
-            return self.net(x)
-    t = trainer(GROWING, Cramped())
-    t.micro_batch.tries_memory = True
-    assert [row["micro_batch"] for row in t.fit()] == [8, 8]
+def test_memory_errors_of_all_kinds_are_recognised(message): assert engine.out_of_memory(RuntimeError(message))
 
 def test_what_is_no_lack_of_memory_is_raised_and_one_sample_raises_the_original():
     class Broken(Watched):

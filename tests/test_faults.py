@@ -15,7 +15,7 @@ from adabatch import record, train
 from adabatch.experiment import Experiment, resolve
 from adabatch.files import atomic_write, load_checkpoint, load_weights, save_checkpoint
 from adabatch.sweep import Sweep
-from adabatch.train import Progress, evaluate_weights, run, weights_path
+from adabatch.train import evaluate_weights, run, weights_path
 
 LONG = "--epochs 500 --every 100 --batch_size 4 --max_batch_size 4 --device cpu --checkpoint_minutes 0".split()
 # an epoch takes a minute: within it nothing is printed that would fail for want of a reader
@@ -181,17 +181,6 @@ def test_no_home_no_language_another_folder(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=200)
     assert done.returncode == 0 and done.stderr == b"" and b"complete: test error" in done.stdout, done
     assert sorted(p.suffix for p in (tmp_path / "näher/digits/alexnet").iterdir()) == [".npz", ".pt"], done
-
-def test_a_clock_that_is_set_back(tmp_path, quick, monkeypatch, capsys):
-    e = Experiment(**THREE | dict(checkpoint_minutes=0.001))
-    whole = run(replace(e, output_dir=str(tmp_path / "whole")))
-    clock = iter(range(10**9, 0, -3600))
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    r = resolve(replace(e, output_dir=str(tmp_path / "back")))
-    back = run(r, Progress(r))
-    assert record.differences(whole, back) == []
-    assert all((back.arrays[name] >= 0).all() for name in record.CLOCKS)
-    assert "-" not in capsys.readouterr().out.split("error")[1]
 
 class Runs:
     "Would make a file if it were unpickled."

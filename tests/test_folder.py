@@ -98,6 +98,8 @@ def test_the_top_5_error_is_kept_where_there_are_more_than_five_classes(folder, 
     assert main([*flags(output_dir=tmp_path / "out", dataset=folder, workers=0, **SHORT), "--evaluate"]) == 0
     errors = f"test error {six.test_error[-1]:.2f} % (top-5 {six.test_error_top5[-1]:.2f} %)"
     assert errors in capsys.readouterr().out
+    command = flags(output_dir=tmp_path / "out", dataset=folder, workers=0, **SHORT | dict(momentum=0.5))
+    assert main([*command, "--evaluate"]) == 2 and "made with other settings (momentum" in capsys.readouterr().err
     shutil.rmtree(folder / "train/class5")
     shutil.rmtree(folder / "val/class5")
     five = run(replace(e, overwrite=True))

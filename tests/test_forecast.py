@@ -1,6 +1,6 @@
 """The arithmetic of a prediction, what is measured, and that the benchmark's baseline does the same work."""
 
-import json, math, types
+import json, types
 from pathlib import Path
 
 import pytest
@@ -10,29 +10,13 @@ from conftest import small
 
 from adabatch import forecast
 from adabatch.experiment import Experiment, resolve
-from adabatch.forecast import Measurement, Rounds, measure, noise, predict, samples_per_second
-from adabatch.schedule import adabatch, fixed
+from adabatch.forecast import measure, noise, samples_per_second
+from adabatch.schedule import fixed
 from adabatch.trainer import Trainer
 
 def tiny(samples=256):
     model = small()
     return Trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), noise(samples), fixed(16, lr=0.01))
-
-def test_a_prediction_is_samples_over_rate_in_each_round_alone():
-    rates = {128: (400.0, 200.0), 256: (500.0, 250.0), 512: (800.0, 1600.0)}
-    found = Measurement({size: Rounds(values) for size, values in rates.items()})
-    growing = adabatch(128, 512, lr=0.01, every=2, epochs=6)
-    used = {128: 7 * 128, 256: 3 * 256, 512: 512}  # of 1,000 samples
-    for k, seconds in enumerate(predict(growing, 1000, found).values):
-        assert math.isclose(seconds, sum(2 * n / rates[size][k] for size, n in used.items()), rel_tol=1e-12)
-    whole = predict(growing, 1000, found, drop_last=False).values[0]
-    assert math.isclose(whole, 2 * (1000 / 400 + 1000 / 500 + 1000 / 800), rel_tol=1e-12)
-
-def test_a_speed_up_carries_the_spread_of_its_rounds_and_not_the_drift_of_the_machine():
-    found = Measurement({128: Rounds((100.0, 50.0, 80.0)), 256: Rounds((200.0, 100.0, 180.0))})
-    still, growing = fixed(128, lr=1, every=1, epochs=2), adabatch(128, 256, lr=1, every=1, epochs=2)
-    gain = predict(still, 256, found) / predict(growing, 256, found)
-    assert gain.low == gain.median == pytest.approx(4 / 3) and gain.high == pytest.approx(2 / (1 + 80 / 180))
 
 def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monkeypatch):
     trainer, trained = tiny(), []

@@ -14,6 +14,7 @@ from adabatch.experiment import FIELDS, Experiment, from_notebook, resolve, sele
 from adabatch.files import load_weights
 from adabatch.loader import Plan
 from adabatch.models import get_model
+from adabatch.noise import NoiseScale
 from adabatch.schedule import Schedule, Stage, adabatch
 from adabatch.train import evaluate_weights, main, run
 from adabatch.trainer import Trainer
@@ -188,8 +189,10 @@ def groups():
     one, two = network.parameters()
     return trainer(network, torch.optim.SGD([dict(params=[one], lr=0.1), dict(params=[two], lr=0.01)]))
 
-def images(kind, labels=torch.int64, count=4):
-    return Images(*[(torch.zeros(4, 3, 8, 8, dtype=kind), torch.zeros(count, dtype=labels))] * 2, (0,) * 3, (1,) * 3, 2)
+def images(kind=torch.uint8, labels=torch.int64, count=4, first=0, mean=(0,) * 3, std=(1,) * 3):
+    y = torch.zeros(count, dtype=labels)
+    y[0] = first
+    return Images(*[(torch.zeros(4, 3, 8, 8, dtype=kind), y)] * 2, mean, std, 2)
 
 def plan(): return Plan(adabatch(16, 64, 0.1, epochs=2, every=1), 100)
 def plain_sgd(lr=0.1): return torch.optim.SGD(model().parameters(), lr=lr)
@@ -204,6 +207,16 @@ PARTS = {
     "images of floats": (lambda: images(torch.float32), "images must be uint8 (N, C, H, W) and labels int64"),
     "labels of floats": (lambda: images(torch.uint8, torch.float32), "labels int64 (N,)"),
     "fewer labels than images": (lambda: images(torch.uint8, count=3), "at least one of each"),
+    "labels counted from 1": (lambda: images(first=2), "labels must be from 0 to 1, not from 0 to 2"),
+    "labels to be ignored": (lambda: images(first=-100), "labels must be from 0 to 1, not from -100"),
+    "a mean in bytes": (lambda: images(mean=(125.3, 123.0, 113.9)), "mean and std must be from 0 to 1"),
+    "no deviation": (lambda: images(std=(0.25, 0.0, 0.25)), "std above 0"),
+    "two channels": (lambda: images(mean=(0.5, 0.5)), "for each of 3 channels (N, C, H, W), not (0.5, 0.5)"),
+    "an identity of arrays": (
+        lambda: trainer().fit("file.pt", identity=dict(lr=torch.ones(1))), "identity must hold JSON values"),
+    "a network at rest": (lambda: NoiseScale(model().requires_grad_(False)).measure(len, torch.ones(4, 1)),
+                          "the model has no parameters to train"),
+    "an exchange that nobody watched": (lambda: NoiseScale(model()).exchanged(8), "call watch(ddp) first"),
     "a state of something else": (lambda: plan().load_state_dict({"step": 5}), "the state of a plan is {'update'"),
     "a model as optimizer": (lambda: plan().lr_scheduler(model()), "must be one of torch.optim, not Sequential"),
     "an optimizer at rest": (lambda: plan().lr_scheduler(plain_sgd(0.0)), "learning rate is 0: build it with"),
@@ -247,6 +260,11 @@ def test_a_launcher_and_its_environment_that_disagree(refused, monkeypatch):
     assert "WORLD_SIZE" in refused(lambda: resolve(Experiment()), ValueError)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "torchrun started 2" in refused(lambda: resolve(Experiment(processes=3)), ValueError)
+
+def test_a_link_to_a_known_data_set_does_not_rename_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("digits").symlink_to(tmp_path)
+    assert resolve(Experiment("alexnet", "digits", output_dir="out")).path.parts[:3] == ("out", "digits", "alexnet")
 
 @pytest.mark.parametrize("dataset", ["..", "../here", ".", "../here/.."])
 def test_a_record_lies_in_its_output_folder(dataset, tmp_path, monkeypatch):

@@ -77,6 +77,16 @@ def test_a_large_batch_with_a_scaled_rate_is_found_whatever_else_its_name_says(t
     table = report.large_batch_table(collect(tmp_path))
     assert re.findall(r"fixed-4096[^ ]*", table) == ["fixed-4096-compile", "fixed-4096-warmup5-compile"]
 
+def test_runs_that_share_no_seed_and_a_comparison_of_triggers_half_made_end_no_report(tmp_path):
+    fifth = dict(dataset="cifar10", epochs=20, every=4)
+    for seed in range(2): make(tmp_path, seed, schedule="adabatch", **fifth)
+    for settings in (fifth, dict(dataset="cifar10")): make(tmp_path, 7, batch_size=640, lr=0.025, **settings)
+    make(tmp_path, dataset="cifar10", schedule="adabatch")
+    for model in ("alexnet", "resnet20", "vgg19bn"):
+        for schedule in ("adabatch", "fixed"): make(tmp_path, model=model, schedule=schedule)
+    (tmp_path / "growth-alexnet.json").write_text(json.dumps({"fixed-16-seed0": {}}))
+    report.findings(collect(tmp_path), tmp_path)
+
 def test_the_best_epoch_is_that_of_the_best_run(tmp_path):
     make(tmp_path, 0, error=5.0)
     make(tmp_path, 1, row=dict(test_error=5.2))  # in both epochs: the better run, though not the best epoch

@@ -18,11 +18,6 @@ def test_both_sides_of_every_milestone():
     for outside in (-1, 100):
         with pytest.raises(ValueError, match="outside"): schedule.at(outside)
 
-def test_fixed_decays_by_the_effective_decay():
-    schedule = fixed(128, lr=0.01)
-    assert {s.batch_size for s in schedule.stages} == {128}
-    assert [s.lr for s in schedule.stages] == pytest.approx([0.01 * 0.375**k for k in range(5)])
-
 def test_last_stage_may_be_short_and_growth_may_end_early():
     assert [s.start for s in adabatch(16, 256, lr=0.1, every=4, epochs=10).stages] == [0, 4, 8]
     stages = adabatch(16, 32, lr=1.0, every=1, epochs=4).stages
