@@ -76,7 +76,8 @@ class Images:
             if labels.min() < 0 or labels.max() >= classes:
                 raise WrongValue(f"labels must be from 0 to {classes - 1}, not from {labels.min()} to {labels.max()}")
         c, h, w = self.shape
-        if {len(mean), len(std)} - {1, c} or not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        m, s = np.ravel(mean), np.ravel(std)
+        if {m.size, s.size} - {1, c} or not ((0 <= m) & (m <= 1)).all() or not ((0 < s) & (s <= 1)).all():
             raise WrongValue(f"mean and std must be from 0 to 1, std above 0, for each of {c} channels (N, C, H, W), "
                              f"not {shown(mean)} and {shown(std)}")
         padded = torch.zeros(self.train_size, h + 2 * pad, w + 2 * pad, c, dtype=torch.uint8, device=self.device)

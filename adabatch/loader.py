@@ -164,7 +164,7 @@ class _Progress:
         self.done = whole_number("start", update, least=0, most=self.updates)
         self.first = self.latest = self.drawn = self.done  # where a pass begins; batches drawn, of late and at most
         self.passing = False  # over all that is left, not an epoch
-        self.idle, self.looked = 0, None  # passes that counted nothing; where a loop over epochs began that only looked
+        self.idle = 0  # passes, one after the other, of which nothing was counted
 
     def warn(self, subject, message, stacklevel=4):
         if subject not in self.warned: warnings.warn(message, stacklevel=stacklevel)
@@ -179,18 +179,18 @@ class _Progress:
 
     def begin_pass(self):
         "Go on with the next update."
-        if self.looked is not None: self.begin(self.looked)
         if self.latest == self.updates and self.first < self.done < (self.first + self.updates) / 2:
             self.warn("count", f"the plan has given all {self.updates} batches, but the scheduler has counted "
                       f"{self.done} updates: step it once after each batch")
         if self.latest == self.updates > self.done and not self.counting:
             self.warn("end", f"the plan has given all {self.updates} batches, and begins again after {self.done} "
                       "updates: iterate the loader once, or set plan.start to begin again on purpose")
-        self.idle += self.passing and self.latest > self.first + 1 and self.first == self.done  # not by a single batch
-        if self.idle > 1:
+        self.idle += self.passing and self.latest > self.first + 1 and self.first == self.done
+        if self.idle > 2:  # two may be looks at the batches
             self.warn("count", f"{self.idle + 1} passes have begun after {self.done} updates: step plan.lr_scheduler "
                       "after each batch, or set plan.start to go on")
-        self.first, self.passing = self.done, True
+        self.first = self.latest = self.done
+        self.passing = True
         if self.first == self.updates and self.drawing:
             self.warn("end", f"all {self.updates} updates are done, and no batches are left: iterate the loader once, "
                       "or in a loop over plan.by_epoch(); plan.start = 0 begins again")
@@ -208,10 +208,11 @@ class _Progress:
             self.warn("count", f"{update - self.done} batches were drawn since the scheduler last counted an update: "
                       "step it once after each batch")
 
-    def count(self, done):
-        "Note that a scheduler has counted so many updates."
+    def count(self, done, schedulers):
+        "Note that one of so many schedulers has counted so many updates."
         if done == self.done: return  # it was just made, or another scheduler of the plan has counted this update
-        if self.first < done < self.done:
+        self.idle = 0
+        if schedulers > 1 and self.first < done < self.done:
             self.warn("count", f"one scheduler of the plan has counted {done} updates, another {self.done}: step all "
                       "of them after each batch")
             return
@@ -236,15 +237,15 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
         for group, planned in zip(self.optimizer.param_groups, getattr(self, "_last_lr", ())):
             on_gpu = isinstance(planned, torch.Tensor) and planned.device.type != "cpu"  # that would have to wait
             if not on_gpu and group["lr"] != planned:
-                progress.warn("rate", f"the optimizer has the learning rate {group['lr']:g}, not {planned:g} as "
-                              "planned: nothing else may set it, no other scheduler either", 3)
-        progress.stepping = not epoch
-        super().step(*epoch)
-        progress.stepping = False
-        progress.count(self.last_epoch)
+                progress.warn("rate", f"the optimizer has the learning rate {float(group['lr']):g}, not "
+                              f"{float(planned):g} as planned: nothing else may set it, no other scheduler either", 3)
+        progress.stepping = epoch in ((), (None,))
+        try: super().step(*epoch)
+        finally: progress.stepping = False
+        progress.count(self.last_epoch, len(self._plan._schedulers))
 
     def get_lr(self):
-        if not self._plan._progress.stepping:
+        if self._get_lr_called_within_step and not self._plan._progress.stepping:
             self._plan._progress.warn("count", "another scheduler, such as SequentialLR, sets the number of updates: "
                                       "step the plan's alone, once after each batch; a warm-up belongs to the "
                                       "schedule", 5)
@@ -321,25 +322,28 @@ def _check_processes(plan):
 
 def _by_epoch(plan: "Plan") -> Iterator[int]:
     """Yields the epochs from `start` on; in each turn, iterating gives the updates of that epoch alone. A loop in which
-    no batch is drawn only looks: the next one begins where it began."""
-    progress = plan._progress
-    if progress.looked is not None: plan.start = progress.looked
-    first, idle = progress.done, True
+    no batch is drawn only looks, and leaves the plan where it was."""
+    progress, outer, looking = plan._progress, plan._epoch, True
+    before = {name: getattr(progress, name) for name in ("done", "first", "latest", "drawn", "passing", "idle")}
+    def only_looked(): return looking and progress.first == progress.latest == progress.done == begin
+    plan.start = begin = progress.done  # a loop before may have ended within an epoch
     try:
         while progress.done < plan.updates:
             plan._epoch = plan.at(progress.done).epoch
             yield plan._epoch
             progress.end_epoch()
-            idle = idle and progress.first == progress.latest == progress.done
-            plan.start = _end(plan)
-        if idle and first < plan.updates: progress.looked = first
-    finally: plan._epoch = None
+            looking = only_looked()
+            plan.start = begin = _end(plan)
+    finally:
+        plan._epoch = outer
+        if only_looked(): vars(progress).update(before)
 
 def _growth(plan): return {"grown": plan._grown} if plan._grown else {}
 
 def _state(plan, update):
-    place = [plan.schedule.epochs, 0]
-    if update < plan.updates: place = [plan.at(update).epoch, plan.at(update).batch[0]]
+    epoch, sample = plan.schedule.epochs, 0
+    if update < plan.updates: epoch, sample = plan.at(update).epoch, plan.at(update).batch[0]
+    place = f"epoch {epoch}, sample {sample}"
     return dict(update=update, samples=plan.samples, seed=plan.seed, place=place) | _growth(plan)
 
 def _state_dict(plan: "Plan") -> dict:
@@ -353,10 +357,10 @@ def _load_state_dict(plan: "Plan", state: dict):
         raise WrongValue(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
     before, done = plan._grown, plan._progress.done
     try:
-        _unroll(plan, state.get("grown", []))
+        _unroll(plan, state.get("grown") or [])
         plan.start = state["update"]
         now = _state(plan, plan._progress.done)
-        if differ := [name for name in state if name in now and state[name] != now[name]]:
+        if differ := [n for n in ("samples", "seed", "place") if state.get(n, now[n]) != now[n]]:
             raise WrongValue(f"the state is of another plan ({', '.join(differ)}): use the schedule, the data and the "
                              "seed that it was made with, or set plan.start")
     except (ValueError, TypeError):
@@ -409,23 +413,32 @@ def _check_micro_batch(plan, segments):
         raise WrongValue(f"{size:,} samples are no whole number of micro-batches of {plan.micro_batch:,} on "
                          f"{plan.world_size:,} process{'es' * (plan.world_size > 1)}: {nearest}")
 
-def _samples(batch):
-    "In a micro-batch, by the first tensor in it; None if there is none."
-    if isinstance(batch, torch.Tensor): return len(batch) if batch.ndim else None
+def _sizes(batch, lengths):
+    "All dimensions and lengths in a batch; the first dimensions of its tensors are added to `lengths`."
+    if isinstance(batch, torch.Tensor) and batch.ndim and not batch.is_nested:
+        lengths.add(len(batch))
+        return {*batch.shape}
     if isinstance(batch, dict): batch = list(batch.values())
-    return next(filter(None, map(_samples, batch)), None) if isinstance(batch, (list, tuple)) else None
+    if not isinstance(batch, (list, tuple)): return set()
+    return {len(batch)}.union(*(_sizes(part, lengths) for part in batch))
+
+def _check_size(plan, batch):
+    "Warn if a micro-batch, all of whose tensors are as long, has nowhere the size that it should have."
+    lengths = set()
+    if plan.micro_batch not in _sizes(batch, lengths) and len(lengths) == 1:
+        plan._progress.warn("size", f"the stream's first micro-batch has {lengths.pop()} samples, but the plan's "
+                            f"micro_batch is {plan.micro_batch}")
 
 def _parts(plan, stream):
-    asked = None
+    checked = False
     for update in map(plan.at, range(plan._progress.first, _end(plan))):
         for k in range(1, update.micro_batches + 1):
             try: batch = next(stream)
             except StopIteration:
                 message = f"the stream has ended after {update.index} of the {plan.updates} planned updates"
                 return plan._progress.warn("stream", message, 3)
-            if asked is None and (asked := _samples(batch) or plan.micro_batch) != plan.micro_batch:
-                plan._progress.warn("size", f"the stream's first micro-batch has {asked} samples, but the plan's "
-                                    f"micro_batch is {plan.micro_batch}", 3)
+            if not checked: _check_size(plan, batch)
+            checked = True
             plan._progress.draw(update.index)
             yield Part(update, 1 / update.micro_batches, k == update.micro_batches), batch
 
@@ -441,9 +454,9 @@ def _accumulate(plan: "Plan", stream: Iterable) -> Iterator[tuple[Part, object]]
     _check_processes(plan)
     batches = iter(stream)
     if plan._epoch is None:
-        if plan._progress.first < plan._progress.latest < plan.updates and batches is not stream:
-            plan._progress.warn("stream", "the stream begins anew, and the plan goes on: give accumulate one iterator, "
-                                "iter(loader), made once", 3)
+        if plan._progress.first < plan._progress.done < plan.updates and batches is not stream:
+            plan._progress.warn("stream", "the plan goes on, but the stream begins anew, unless it keeps its place: "
+                                "give accumulate one iterator, iter(loader), made once", 3)
         plan._progress.begin_pass()
     return _parts(plan, batches)
 

@@ -183,10 +183,10 @@ class NoiseScale:
         ddp.register_comm_hook(None, hook)
 
     def exchanged(self, samples: int):  # in the shard of each process, the same in all
-        """Call after the backward pass that exchanges the gradients of an update, on all processes. ValueError without
-        `watch`, or for a single process."""
+        """Call after the backward pass that exchanges the gradients of an update, on all processes. A single one says
+        nothing. ValueError without `watch`."""
         if not isinstance(self._squares, torch.Tensor): raise WrongValue("no gradients seen: call watch(ddp) first")
-        if _processes() < 2: raise WrongValue("exchanged is for several processes: use accumulated or measure")
+        if _processes() < 2: return
         dist.all_reduce(self._squares)
         pieces, squares, self._squares = dist.get_world_size(), self._squares, 0.0
         whole = self._gradient().square().sum()

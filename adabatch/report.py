@@ -676,8 +676,8 @@ def _gpu(evidence, output_dir):
     errors = " and ".join(_errors(evidence, c) for c in there)
     detail = (f"Evaluation included: {tested[0]:.2f} and {tested[1]:.2f}. Test errors of {errors}; one pair decides "
               "nothing about them. The gain without graphs is estimated from one growing run of five epochs and a "
-              "measured rate of the small batch. ResNet-20's updates in bf16 are further from the CPU's than we had noted as a "
-              "bound (*On a GPU*, below); VGG19_BN's were not compared in bf16.")
+              "measured rate of the small batch. ResNet-20's updates in bf16 are further from the CPU's than we had "
+              "noted as a bound (*On a GPU*, below); VGG19_BN's were not compared in bf16.")
     single = all(v.word == "not decided" and v.pairs == 1 for v in (compare(evidence, c) for c in there))
     return Finding(text, bool(single and min(gains) > 1.3 and graphs > eager_gain > gains[0]), detail)
 

@@ -189,8 +189,6 @@ def _starts(every, milestones, epochs):
     starts = [0, *(_milestone(m) for m in milestones)]
     if any(b <= a for a, b in zip(starts, starts[1:])):
         raise WrongValue(f"milestones must be positive and increase, not {shown(milestones)}")
-    if len(starts) > 1 and starts[1] >= epochs:
-        warnings.warn(f"no milestone lies before the end, epoch {epochs}: milestones are in epochs", stacklevel=4)
     return [s for s in starts if s < epochs]
 
 # %% ../nbs/00_schedule.ipynb #450f7274
@@ -258,7 +256,10 @@ def fixed(
     The learning rate begins at `lr` and is multiplied by `lr_decay` every `every` epochs, or at `milestones`. Over
     `warmup_epochs` it first rises from `lr` to `lr * batch_size / base_batch_size`, and decays from there."""
     size = whole_number("batch_size", batch_size)
-    return _steps(size, size, 1, lr, lr_decay, every, epochs, warmup_epochs, base_batch_size, milestones)
+    schedule = _steps(size, size, 1, lr, lr_decay, every, epochs, warmup_epochs, base_batch_size, milestones)
+    if len(schedule.stages) == 1 and milestones is not None and len(milestones):
+        warnings.warn(f"no milestone lies before the end, epoch {epochs}: milestones are in epochs", stacklevel=2)
+    return schedule
 
 # %% ../nbs/00_schedule.ipynb #4952e5eb
 def adabatch(

@@ -350,7 +350,7 @@ class Checkpoints:
     "Decides, for all processes together, when to write a checkpoint and when to stop."
     def __init__(self, path: str | Path | None, identity: dict, minutes: float, world: World, signals: list[int]):
         self.path, self.identity, self.minutes, self.world, self.signals = path, identity, minutes, world, signals
-        try: json.dumps(identity)
+        try: json.dumps(identity if path else {})
         except TypeError as error: raise WrongType(f"identity must hold JSON values: {error}") from None
         self.saved, self.written = time.monotonic(), False
         self.asked = self.saved

@@ -226,7 +226,7 @@ def test_a_plan_that_has_grown_resumes_with_the_same_samples_and_rates(workers):
         return seen, plan.state_dict()
     whole, state = loop({0, 2})
     assert [len(batch) for batch, _ in whole] == [8] * 12 + [16] * 12 + [32] * 6
-    assert state == dict(update=30, samples=100, seed=0, place=[5, 0], grown=[[1, 2], [3, 2]])
+    assert state == dict(update=30, samples=100, seed=0, place="epoch 5, sample 0", grown=[[1, 2], [3, 2]])
     planned = fixed(8, lr=0.1, every=2, epochs=5)
     epochs = [0] * 12 + [1] * 6 + [2] * 6 + [3] * 3 + [4] * 3
     np.testing.assert_allclose([lr / len(b) for b, lr in whole], [planned.lr(epoch) / 8 for epoch in epochs])

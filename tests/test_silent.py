@@ -198,14 +198,14 @@ def two_schedulers(plan, loader, optimizer, scheduler):
         step(optimizer, scheduler)
         other.step()
 
-@misuse("another scheduler, such as SequentialLR, sets the number of updates")
+@misuse("another scheduler, such as SequentialLR, sets the number of updates", here=False)
 def inside_a_sequence(plan, loader, optimizer, scheduler):
     both = SequentialLR(optimizer, [LinearLR(optimizer, 0.1, total_iters=5), scheduler], milestones=[5])
     for _ in loader: step(optimizer, both)
 
-@misuse("3 passes have begun after 0 updates", here=False)
+@misuse("4 passes have begun after 0 updates", here=False)
 def passes_cut_short_and_not_counted(plan, loader, optimizer, scheduler):
-    for _ in range(3): list(itertools.islice(loader, 4))
+    for _ in range(4): list(itertools.islice(loader, 4))
 
 @misuse("one scheduler of the plan has counted 1 updates, another 5: step all of them")
 def two_optimizers_at_different_rates(plan, loader, optimizer, scheduler):
@@ -287,14 +287,37 @@ def test_looking_at_batches_counts_nothing():
         if plan.start == 5: next(iter(loader))
     assert plan.start == 21
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_looking_twice_at_a_batch_counts_nothing(workers):
+    plan, loader, optimizer, scheduler = parts(workers)
+    for stop in (5, 10, 21):
+        for _ in range(2): next(iter(loader))
+        for _ in loader:
+            step(optimizer, scheduler)
+            if plan.start == stop: break
+
 def test_a_loop_over_epochs_that_only_looks():
     plan, loader, optimizer, scheduler = parts()
-    assert [(epoch, len(plan)) for epoch in plan.by_epoch()] == [(0, 12), (1, 6), (2, 3)]
+    def look(): assert list(plan.by_epoch()) == list(range(plan.at(plan.start).epoch, 3))
+    assert [(epoch, len(plan)) for epoch in plan.by_epoch()] == [(0, 12), (1, 6), (2, 3)] and len(loader) == 21
+    for epoch in plan.by_epoch():
+        if epoch: break
+    assert plan.start == 0
+    for _ in loader:
+        step(optimizer, scheduler)
+        if plan.start == 5: break
+    look()
+    made = []
+    for epoch in plan.by_epoch():
+        look()
+        for _ in loader: step(optimizer, scheduler)
+        made.append(plan.start)
+        if epoch: break
+    look()
     for _ in plan.by_epoch():
         for _ in loader: step(optimizer, scheduler)
-    assert plan.start == 21
-    plan.start = 12
-    assert list(plan.by_epoch()) == list(plan.by_epoch()) == [1, 2] and len(list(loader)) == 9
+        made.append(plan.start)
+    assert made == [12, 18, 21] and plan.start == 21
 
 def test_a_state_of_another_plan():
     plan = Plan(fixed(8, 0.1, epochs=4), 100)
@@ -336,13 +359,24 @@ def test_a_stream_of_other_micro_batches():
 
 def test_a_stream_that_begins_anew():
     plan, loader = Plan(fixed(8, 0.1, epochs=1), 64, micro_batch=4), DataLoader(TensorDataset(torch.arange(99)), 4)
-    def some(stream): list(itertools.islice(plan.accumulate(stream), 6))
+    optimizer = sgd()
+    scheduler = plan.lr_scheduler(optimizer)
+    def some(stream):
+        for part, _ in itertools.islice(plan.accumulate(stream), 4):
+            if part.last: step(optimizer, scheduler)
+    next(plan.accumulate(loader))  # a look
     some(loader)
-    warned(lambda: some(loader), "the stream begins anew, and the plan goes on", here=False)
-    plan = Plan(fixed(8, 0.1, epochs=1), 64, micro_batch=4)
-    stream = iter(loader)
-    some(stream)
-    some(stream)
+    warned(lambda: some(loader), "the plan goes on, but the stream begins anew", here=False)
+    stream, plan.start = iter(loader), 0
+    scheduler = plan.lr_scheduler(optimizer)
+    plan._progress.warned.clear()
+    for _ in range(2): some(stream)
+
+def test_micro_batches_that_are_no_stacks_of_samples():
+    image = torch.ones(3, 8, 8)
+    for batch in ([(image, 1)] * 4, ((image,) * 4, ({},) * 4), torch.ones(50, 4, 8), [],
+                  dict(ids=torch.ones(1, 99), ends=torch.ones(5)), torch.nested.nested_tensor([image], layout=torch.jagged)):
+        next(Plan(fixed(8, 0.1, epochs=1), 64, micro_batch=4).accumulate([batch]))
 
 def test_schedules_that_do_nothing_of_what_they_were_asked():
     for call, line in (
