@@ -374,8 +374,9 @@ def test_a_stream_that_begins_anew():
 
 def test_micro_batches_that_are_no_stacks_of_samples():
     image = torch.ones(3, 8, 8)
-    for batch in ([(image, 1)] * 4, ((image,) * 4, ({},) * 4), torch.ones(50, 4, 8), [],
-                  dict(ids=torch.ones(1, 99), ends=torch.ones(5)), torch.nested.nested_tensor([image], layout=torch.jagged)):
+    nested = torch.nested.nested_tensor([image], layout=torch.jagged)
+    for batch in ([(image, 1)] * 4, ((image,) * 4, ({},) * 4), torch.ones(50, 4, 8), [], nested,
+                  dict(ids=torch.ones(1, 99), ends=torch.ones(5))):
         next(Plan(fixed(8, 0.1, epochs=1), 64, micro_batch=4).accumulate([batch]))
 
 def test_schedules_that_do_nothing_of_what_they_were_asked():
