@@ -33,8 +33,8 @@ show: .venv/.test-ready  ## execute the notebooks, to show what they gave (NB=nb
 	python tests/show.py $(NB)
 	nbdev_clean
 
-torture: setup  ## kill runs at 200 moments: all must end in the same record (KILLS=40)
-	python tests/torture.py $(KILLS)
+torture: .venv/.test-ready  ## kill runs at 200 moments: all must end in the same record (KILLS=40)
+	KILLS=$(or $(KILLS),200) python -m pytest -q tests/test_crash.py -k moments
 
 sweep: setup  ## make the missing runs of the paper's grid (ARGS="--seeds 5")
 	python -m adabatch.sweep $(ARGS)
