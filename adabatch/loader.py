@@ -208,8 +208,8 @@ class _Progress:
             self.warn("count", f"{update - self.done} batches were drawn since the scheduler last counted an update: "
                       "step it once after each batch")
 
-    def count(self, done, schedulers):
-        "Note that one of so many schedulers has counted so many updates."
+    def count(self, done, schedulers=1):
+        "Note that a scheduler, one of so many, has counted so many updates."
         if done == self.done: return  # it was just made, or another scheduler of the plan has counted this update
         self.idle = 0
         if schedulers > 1 and self.first < done < self.done:
