@@ -12,7 +12,7 @@ __all__ = ['STEPS', 'Row', 'STYLES', 'TITLES', 'MARKERS', 'markdown', 'spread', 
 
 # %% ../nbs/13_report.ipynb #7b8de7b0
 import argparse, json, re, sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -57,9 +57,10 @@ def _difference(v):
     found = [f"{name} {_interval(i)}" for name, i in (("pooled", v.pooled), ("paired", v.paired)) if i]
     return f"{v.difference:+.2f}" + (f" ({'; '.join(found)})" if found else "")
 
-def word(v: Verdict) -> str:
-    "A verdict in bold; `early` where it was decided before all pairs were there."
-    return f"**{v.word}**" + (", early" if v.early else "")
+def word(v: Verdict, holds: str = "holds", fails: str = "fails") -> str:
+    "A verdict in bold, in the words of its table; `early` where it was decided before all pairs were there."
+    said = {"holds": holds, "fails": fails}.get(v.word, v.word)
+    return f"**{said}**" + (", early" if v.early else "")
 
 # %% ../nbs/13_report.ipynb #5e7ba995
 def comparisons_table(evidence: Evidence) -> str:
@@ -71,8 +72,7 @@ def comparisons_table(evidence: Evidence) -> str:
         errors = [spread(evidence.endpoints(key).values(), n=False) for key in keys]
         updates = " → ".join(f"{_updates(evidence, key):,}" for key in keys)
         data = c.dataset + modes.get(c.suffix, c.suffix.replace("-", " "))
-        said = word(replace(v, word={"holds": "yes", "fails": "no"}.get(v.word, v.word)))
-        rows.append((data, c.model, *errors, _difference(v), v.n, updates, said))
+        rows.append((data, c.model, *errors, _difference(v), v.n, updates, word(v, "yes", "no")))
     head = ["data", "network", "small batch (%)", "AdaBatch (%)", "difference (90 % intervals)", "n", "updates"]
     return markdown([*head, "within one point"], rows)
 
@@ -83,7 +83,7 @@ def controls_table(evidence: Evidence) -> str:
         key, v = control_key(name), compare_control(evidence, name)
         if not evidence[key]: continue
         error = spread(evidence.endpoints(key).values(), n=False)
-        ends = word(replace(v, word={"holds": "higher", "fails": "lower"}.get(v.word, v.word)))
+        ends = word(v, "higher", "lower")
         rows.append((name, key[2], f"{_updates(evidence, key):,}", error, _difference(v), v.n, ends))
     head = ["control", "arm", "updates", "test error (%)", "minus AdaBatch (90 % intervals)", "n", "ends"]
     return markdown(head, rows)
