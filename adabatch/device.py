@@ -127,9 +127,14 @@ def process_group(
     if size > 1: dist.init_process_group("nccl" if found.type == "cuda" else "gloo", **_rendezvous())
     try: yield found
     except Interrupted:
-        if size > 1: dist.destroy_process_group()
+        if size > 1: _leave()
         raise
-    if size > 1: dist.destroy_process_group()
+    if size > 1: _leave()
+
+def _leave():
+    "Destroy the groups and forget the one that is kept, so that its threads end before Python does."
+    dist.destroy_process_group()
+    _control.cache_clear()
 
 def _rendezvous():
     """Where the processes find one another. After `--max-restarts`, torchrun's store still holds the addresses of the

@@ -1,6 +1,7 @@
 """What the trainer promises of devices that this machine may not have: fakes where a CPU can tell."""
 
 import contextlib, os, signal, time, weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import small, start, together, wait_for
 
 from adabatch import WrongValue, device as devices, experiment, train, trainer as engine
 from adabatch.data import load_data
-from adabatch.device import Interrupted, process_group
+from adabatch.device import Interrupted, World, process_group
 from adabatch.experiment import Experiment, resolve
 from adabatch.schedule import adabatch, fixed
 from adabatch.trainer import Trainer
@@ -39,6 +40,14 @@ def test_the_group_is_left_only_when_all_leave_it(monkeypatch, error):
     with contextlib.suppress(RuntimeError, Interrupted), process_group("cpu"):
         if error: raise error
     assert calls == (["joined"] if isinstance(error, RuntimeError) else ["joined", "left"])
+
+def leave():
+    with process_group("cpu"): World().on_rank_0(int)
+    left = [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in left if "gloo" in name], left
+
+def test_a_group_that_is_left_leaves_no_thread_to_abort_the_process():
+    together(2, leave)
 
 # --- which device, and who says so (3, 8)
 

@@ -64,7 +64,9 @@ def train_wide(folder):
 def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(network, tmp_path):
     program, name = tmp_path / "wide.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
     program.write_text(SCRIPT)
-    def start(nodes): return [node.start([str(program), str(tmp_path / "cut")]) for node in nodes]
+    def start(nodes):
+        logs = [open(tmp_path / f"node{node.rank}.log", "w") for node in nodes]
+        return [node.start([str(program), str(tmp_path / "cut")], log=log) for node, log in zip(nodes, logs)]
     together(2, train_wide, str(tmp_path / "whole"))
     whole = record.load(tmp_path / "whole" / name.format("-x2", "npz"))
     checkpoint = tmp_path / "cut" / name.format("-x2", "pt")
@@ -79,7 +81,8 @@ def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(netw
     shutil.copy(checkpoint, alone)
     saved = load_checkpoint(checkpoint)
     with network.two_nodes() as nodes:
-        assert [process.wait(240) for process in start(nodes)] == [0, 0]
+        codes = [process.wait(240) for process in start(nodes)]
+        assert codes == [0, 0], "\n".join(path.read_text() for path in sorted(tmp_path.glob("node?.log")))
         sent = nodes[1].sent()
     exchanges = whole.updates[saved["epoch"]:].sum() - saved["update"] + 1  # and one in which the buckets are settled
     gradients = sum(8 * p.numel() for p in wide("", 10).parameters())
