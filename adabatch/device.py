@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'check_device', 'check_gpu_each', 'best_device', 'devic
            'launch_variable', 'World', 'Interrupted', 'process_group', 'keep_freed_memory', 'allocator']
 
 # %% ../nbs/03_device.ipynb #27b9fb9d
-import contextlib, ctypes, functools, os, platform
+import atexit, contextlib, ctypes, functools, os, platform
 from collections.abc import Callable, Iterator
 
 import torch
@@ -76,11 +76,15 @@ def _control(group):
     "A gloo group of the processes of another, for numbers on the CPU; made once, as it keeps threads and sockets."
     return dist.new_group(backend="gloo")
 
+atexit.register(_control.cache_clear)  # a thread of it that frees a tensor while Python ends aborts the process
+
 class World:
     "The processes of a training run, as seen by one of them. A single process answers immediately."
     def __init__(self):
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.control = _control(dist.group.WORLD) if self.size > 1 else None
+
+    @property
+    def control(self): return _control(dist.group.WORLD)  # nobody else keeps it: at the exit it is gone
 
     def gather(self, numbers: list) -> torch.Tensor:
         "All processes' numbers, (processes, numbers) float64 on the CPU."
@@ -127,14 +131,9 @@ def process_group(
     if size > 1: dist.init_process_group("nccl" if found.type == "cuda" else "gloo", **_rendezvous())
     try: yield found
     except Interrupted:
-        if size > 1: _leave()
+        if size > 1: dist.destroy_process_group()
         raise
-    if size > 1: _leave()
-
-def _leave():
-    "Destroy the groups and forget the one that is kept, so that its threads end before Python does."
-    dist.destroy_process_group()
-    _control.cache_clear()
+    if size > 1: dist.destroy_process_group()
 
 def _rendezvous():
     """Where the processes find one another. After `--max-restarts`, torchrun's store still holds the addresses of the
