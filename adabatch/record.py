@@ -83,7 +83,7 @@ def epoch_line(
 # %% ../nbs/08_record.ipynb #d9624dab
 def save(
     path: str | Path,  # ends in .npz; its folder is created if necessary
-    history: list[dict],  # a dict of numbers per epoch, from `Trainer.fit`
+    history: list[dict],  # a dict of numbers per epoch, from `Trainer.fit`; names that no record has are left out
     config: dict,
     environment: dict,
     status: str,  # one of `STATUS`
