@@ -536,7 +536,7 @@ def _real_images(evidence, verdicts):
     text = ("**Over 100 epochs of CIFAR-10 AlexNet ends within one point of the small batch**: "
             f"{_difference(judged[0])}, {judged[0].n}, {fewer:,} updates instead of {more:,}. On CIFAR-100 the errors "
             f"are similar, {_errors(evidence, hundred)} for the small batch, but {judged[1].n} do not decide it.")
-    detail = f"On CIFAR-10 the errors are {_errors(evidence, ten)}. {_loss(evidence, ten)}"
+    detail = f"On CIFAR-10 {_loss(evidence, ten)}"
     if tf32: detail += (f" {len(tf32)} more runs of AdaBatch there, on a GPU in tf32, are not in the table: "
                         f"{spread(tf32, n=False)} %.")
     open_yet = judged[1].word == "not decided" and judged[1].pairs < 4 and abs(judged[1].difference) < 0.5
@@ -594,8 +594,8 @@ def _stopped_early(evidence):
     if not all(v.runs): return None
     ends = evidence.endpoints(key).values()
     text = ("**Training the small batch for only 39 epochs, its milestones earlier in proportion, is worse**: it makes "
-            f"{_updates(evidence, key):,} updates, about as many as AdaBatch, and ends {v.difference:.1f} points above "
-            f"it on CIFAR-10 ({_of(v)}; all {len(ends)} of its runs: {spread(ends, n=False)} %).")
+            f"{_updates(evidence, key):,} updates, about as many as AdaBatch, and ends above it on CIFAR-10, at "
+            f"{spread(ends, n=False)} %: {_difference(v)}, {_of(v)}.")
     return Finding(text, v.word == "holds")
 
 def _constant_batch(evidence):
