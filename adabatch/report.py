@@ -530,17 +530,17 @@ def _real_images(evidence, verdicts):
     "AlexNet on both CIFAR sets."
     ten, hundred = (Comparison(data, "alexnet") for data in ("cifar10", "cifar100"))
     if not {ten, hundred} <= verdicts.keys(): return None
-    judged = verdicts[ten], verdicts[hundred]
+    decided, still_open = verdicts[ten], verdicts[hundred]
     fewer, more = (_updates(evidence, ten.key(role)) for role in ("adaptive", "small"))
     tf32 = evidence.endpoints((*ten.key("adaptive")[:2], _ON_GPU)).values()
     text = ("**Over 100 epochs of CIFAR-10 AlexNet ends within one point of the small batch**: "
-            f"{_difference(judged[0])}, {judged[0].n}, {fewer:,} updates instead of {more:,}. On CIFAR-100 the errors "
-            f"are similar, {_errors(evidence, hundred)} for the small batch, but {judged[1].n} do not decide it.")
+            f"{_difference(decided)}, {decided.n}, {fewer:,} updates instead of {more:,}. On CIFAR-100 the errors "
+            f"are similar, {_errors(evidence, hundred)} for the small batch, but {still_open.n} do not decide it.")
     detail = f"On CIFAR-10 {_loss(evidence, ten)}"
     if tf32: detail += (f" {len(tf32)} more runs of AdaBatch there, on a GPU in tf32, are not in the table: "
                         f"{spread(tf32, n=False)} %.")
-    open_yet = judged[1].word == "not decided" and judged[1].pairs < 4 and abs(judged[1].difference) < 0.5
-    return Finding(text, judged[0].word == "holds" and open_yet, detail)
+    words = (decided.word, still_open.word) == ("holds", "not decided")
+    return Finding(text, words and still_open.pairs < 4 and abs(still_open.difference) < 0.5, detail)
 
 def _fifth(evidence):
     "AlexNet on CIFAR-10 in 20 epochs, once all pairs are there."

@@ -65,8 +65,8 @@ def test_a_training_goes_on_after_a_node_was_killed_on_two_nodes_and_on_one(netw
     program, name = tmp_path / "wide.py", "digits/alexnet/adabatch-64-128-epochs2-every1{}-seed0.{}"
     program.write_text(SCRIPT)
     def start(nodes):
-        logs = [open(tmp_path / f"node{node.rank}.log", "w") for node in nodes]
-        return [node.start([str(program), str(tmp_path / "cut")], log=log) for node, log in zip(nodes, logs)]
+        arguments = [str(program), str(tmp_path / "cut")]
+        return [node.start(arguments, log=open(tmp_path / f"node{node.rank}.log", "w")) for node in nodes]
     together(2, train_wide, str(tmp_path / "whole"))
     whole = record.load(tmp_path / "whole" / name.format("-x2", "npz"))
     checkpoint = tmp_path / "cut" / name.format("-x2", "pt")
