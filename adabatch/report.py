@@ -63,11 +63,11 @@ def word(v: Verdict, holds: str = "holds", fails: str = "fails") -> str:
     return f"**{said}**" + (", early" if v.early else "")
 
 # %% ../nbs/13_report.ipynb #5e7ba995
-def comparisons_table(evidence: Evidence) -> str:
+def comparisons_table(evidence: Evidence, there: list[Comparison]) -> str:
     "Small batch, AdaBatch and their difference: the errors are endpoints in percent."
     modes = {"-epochs20-every4": ", 20 epochs", "-bf16-compile": ", bfloat16, CUDA graphs"}
     rows = []
-    for c in comparisons(evidence):
+    for c in there:
         v, keys = compare(evidence, c), [c.key("small"), c.key("adaptive")]
         errors = [spread(evidence.endpoints(key).values(), n=False) for key in keys]
         updates = " → ".join(f"{_updates(evidence, key):,}" for key in keys)
@@ -550,23 +550,22 @@ def _fifth(evidence):
     fewer, more = (_updates(evidence, c.key(role)) for role in ("adaptive", "small"))
     errors = np.mean([r.test_error for r in evidence[c.key("small")]], 0)
     text = ("**Over 20 epochs of CIFAR-10 AlexNet ends within one point of the small batch**: "
-            f"{_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. By then both had nearly stopped "
-            "improving, so this says little of a training that still does.")
-    detail = (f"The errors are {_errors(evidence, c)}; in its last stage the small batch's fell by "
-              f"{errors[-5] - errors[-1]:.1f} points. {_loss(evidence, c)}")
+            f"{_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. In its last stage the small batch's "
+            f"error still fell by {errors[-5] - errors[-1]:.1f} points, so this says little of a training that goes on "
+            "improving.")
+    detail = f"The errors are {_errors(evidence, c)}. {_loss(evidence, c)}"
     return Finding(text, bool(v.word == "holds" and errors[-5] - errors[-1] < 1), detail)
 
 def _again(evidence, c, output_dir, measure, digits):
-    """AdaBatch minus the small batch by the runs made to compare triggers, mean of their last stage's two epochs; and
-    by the records of the same seeds. Empty for fewer than two."""
+    """AdaBatch minus the small batch by the runs made to compare triggers, mean of their last stage's two epochs; by
+    the records of the same seeds; and how many those are. None for fewer than two."""
     made, arms = stored(output_dir, f"growth-{c.model}.json") or {}, ("adabatch-16-256", "fixed-16")
     ends = [evidence.endpoints(c.key(role), measure) for role in ("adaptive", "small")]
     seeds = [seed for seed in ends[0].keys() & ends[1].keys() if {f"{arm}-seed{seed}" for arm in arms} <= made.keys()]
-    if len(seeds) < 2: return ""
+    if len(seeds) < 2: return None
     first = np.mean([ends[0][seed] - ends[1][seed] for seed in seeds])
     now = [np.subtract(*(np.mean(made[f"{arm}-seed{seed}"][measure][-2:]) for arm in arms)) for seed in seeds]
-    interval = _interval(paired_interval(now), digits)
-    return f"{np.mean(now):+.{digits}f} ({interval}) instead of {first:+.{digits}f} for {len(seeds)} pairs"
+    return f"{np.mean(now):+.{digits}f} ({_interval(paired_interval(now), digits)})", f"{first:+.{digits}f}", len(seeds)
 
 def _digits(evidence, verdicts, output_dir):
     "Three networks on digits."
@@ -574,16 +573,17 @@ def _digits(evidence, verdicts, output_dir):
     if not set(there) <= verdicts.keys(): return None
     alexnet, resnet, vgg = (verdicts[c] for c in there)
     losses = [loss_difference(evidence, c) for c in there[:2]]
-    error, loss = (_again(evidence, there[0], output_dir, *of) for of in (("test_error", 2), ("test_loss", 3)))
-    text = ("**On digits (360 small test images) AlexNet's error is higher with AdaBatch**: "
-            f"{_difference(alexnet)}, {alexnet.n}; whether by less than one point is not decided"
-            + f", and made again with later code it was {error}" * bool(error) + ". ResNet-20's differs by "
-            f"{resnet.difference:+.2f} points ({resnet.n}), within one point, of "
-            f"{_mean(evidence, there[1].key('small')):.1f} %.")
+    again = [_again(evidence, there[0], output_dir, *of) for of in (("test_error", 2), ("test_loss", 3))]
+    again.append(_again(evidence, there[1], output_dir, "test_error", 2))
+    text = ("**On digits (360 small test images) AlexNet's error was higher with AdaBatch**: "
+            f"{_difference(alexnet)}, {alexnet.n}; whether by less than one point is not decided. ")
+    if all(again): text += "{2} of them, made again with later code, differ by {0} instead of {1}. ".format(*again[0])
+    text += (f"ResNet-20's differs by {resnet.difference:+.2f} points ({resnet.n}), within one point, of "
+             f"{_mean(evidence, there[1].key('small')):.1f} %.")
     detail = (f"VGG19_BN is not decided ({vgg.difference:+.2f}, {vgg.n}). The test loss of AlexNet ends higher, by "
               f"{losses[0][0]:.3f}, as does ResNet-20's, by {losses[1][0]:.3f}.")
-    if loss: detail += (f" Made again, AlexNet's test loss differs by {loss}, ResNet-20's error by "
-                        f"{_again(evidence, there[1], output_dir, 'test_error', 2)}.")
+    if all(again): detail += (" Made again, AlexNet's test loss differs by {} instead of {}, ResNet-20's error by {} "
+                              "instead of {}.").format(*again[1][:2], *again[2][:2])
     words = [v.word for v in (alexnet, resnet, vgg)] == ["not decided", "holds", "not decided"]
     higher = [alexnet.pooled, alexnet.paired, *(interval for _, interval in losses)]
     return Finding(text, words and all(interval and interval[0] > 0 for interval in higher), detail)
@@ -606,13 +606,11 @@ def _constant_batch(evidence):
     updates = [_updates(evidence, key) for key in (*map(control_key, names), FIFTH.key("adaptive"))]
     arms = [evidence.runs[key] for key in (control_key(names[0]), FIFTH.key("adaptive"))]
     before = [np.mean(arms[0][seed].test_error[:4] - arms[1][seed].test_error[:4]) for seed in arms[0].keys() & arms[1]]
-    text = ("**A constant batch of 640, with about as many updates, ends above AdaBatch over 20 epochs of CIFAR-10, "
-            "where it was already before the batch had grown; over 100 epochs nothing is decided**: "
-            f"{_difference(fifth)}, {fifth.n}, and {_difference(whole)}, {whole.n}. Its learning rate was scaled "
-            "linearly, not tuned.")
-    detail = (f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}. "
-              f"In the first four of 20 epochs, before AdaBatch's batch had grown, it trailed by {min(before):.1f} to "
-              f"{max(before):.1f} points, so the gap need not come from growing.")
+    text = ("**A constant batch of 640, with about as many updates, ends above AdaBatch over 20 epochs of CIFAR-10; "
+            f"over 100 epochs that is not decided**: {_difference(fifth)}, {fifth.n}, and {_difference(whole)}, "
+            f"{whole.n}. Over 20 epochs it trailed by {min(before):.1f} to {max(before):.1f} points before AdaBatch's "
+            "batch had grown, so that gap need not come from growing. Its learning rate was scaled linearly, not tuned.")
+    detail = f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}."
     fits = fifth.word == "holds" and whole.word == "not decided" and min(before) > 1
     return Finding(text, bool(fits), detail)
 
@@ -670,16 +668,16 @@ def _gpu(evidence, output_dir):
     gains = [small.train_seconds.sum() / grown.train_seconds.sum() for small, grown in pairs]
     tested = [np.divide(*((r.train_seconds + r.test_seconds).sum() for r in pair)) for pair in pairs]
     device, graphs = pairs[0][0].environment["device"], rates[True] / rates[False]
+    errors = " and ".join(_errors(evidence, c) for c in there)
     eager_gain = _growth_gain(eager, first=eager[0].samples[0] / rates[False])  # that epoch warmed up as well
     text = (f"**On one {device} a growing batch saved training time**: ResNet-20 was trained {gains[0]:.2f} and "
             f"VGG19_BN {gains[1]:.2f} times as fast, evaluation excluded (100 epochs of CIFAR-10 in bfloat16 with CUDA "
-            f"graphs; one pair each). Without graphs ResNet-20's gain is estimated at {eager_gain:.1f}, but graphs "
-            f"alone make its small batch {graphs:.1f} times as fast.")
-    errors = " and ".join(_errors(evidence, c) for c in there)
-    detail = (f"Evaluation included: {tested[0]:.2f} and {tested[1]:.2f}. Test errors of {errors}; one pair decides "
-              "nothing about them. The gain without graphs is estimated from one growing run of five epochs and a "
-              "measured rate of the small batch. ResNet-20's updates in bf16 are further from the CPU's than we had "
-              "noted as a bound (*On a GPU*, below); VGG19_BN's were not compared in bf16.")
+            f"graphs; one pair each, which decides nothing about their errors: {errors}). Without graphs ResNet-20's "
+            f"gain is estimated at {eager_gain:.1f}, but graphs alone make its small batch {graphs:.1f} times as fast.")
+    detail = (f"Evaluation included: {tested[0]:.2f} and {tested[1]:.2f}. The gain without graphs is estimated from "
+              "one growing run of five epochs and a measured rate of the small batch. ResNet-20's updates in bf16 are "
+              "further from the CPU's than we had noted as a bound (*On a GPU*, below); VGG19_BN's were not compared "
+              "in bf16.")
     single = all(v.word == "not decided" and v.pairs == 1 for v in (compare(evidence, c) for c in there))
     return Finding(text, bool(single and min(gains) > 1.3 and graphs > eager_gain > gains[0]), detail)
 
@@ -728,16 +726,20 @@ def results(evidence: Evidence, output_dir: str = "outputs") -> str:
     shows = "Test error over the number of updates, for AdaBatch, fixed batches and controls"
     figure = (f"![{shows}]({output_dir}/results.png)\n\n*AlexNet on CIFAR-10, batches of 256 (small) to 4,096 "
               "(large): test error, mean of the last five epochs (right: four), over the number of updates, on a "
-              "logarithmic scale; bars from the lowest to the highest of n runs; red: what the paper did not run.*")
+              "logarithmic scale; means of all n runs, bars from the lowest to the highest; red: what the paper did not "
+              "run. The differences below are of the seeds that two arms share.*")
     terms = ("An *update* is one step of the optimizer, a *pair* two runs from the same seed, a *point* a percentage "
              "point of test error; the *decay* is what the learning rate is multiplied by at a milestone. In brackets: "
-             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread of all such runs. "
-             "*Decided early*: with fewer than four pairs, because the difference is far beyond the spread.")
+             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread of all such runs.")
+    there = [c for c in comparisons(evidence) if compare(evidence, c).pairs > 1]
+    said = answers(evidence, output_dir)
+    if "decided early" in said: terms += (" *Decided early*: with fewer than four pairs, because the difference is far "
+                                          "beyond the spread.")
     notes = ("*Errors: mean ± standard deviation over the seeds. CIFAR: 100 epochs where nothing else is said; digits: "
              "ten epochs, batches of 16 to 256. Yes: both intervals lie within ±1 point, with four pairs or more "
-             "(a pooled one needs enough runs). The rule and all "
+             "(a pooled one needs enough runs). Single pairs are not in the table. The rule and all "
              f"{runs} records: [the report]({output_dir}/report.ipynb).*")
-    return "\n\n".join([figure, terms, answers(evidence, output_dir), comparisons_table(evidence), notes])
+    return "\n\n".join([figure, terms, said, comparisons_table(evidence, there), notes])
 
 def write_between(text: str, markers: tuple[str, str], new: str) -> str:
     "`text` with what stands between the markers replaced. ValueError unless it has both, once, in order."

@@ -505,6 +505,9 @@ class EpochLoop:
         self.world, self.clock = self.step.world, PhaseClock(data.device)
         self.planned, self.grow, self.noise_every = schedule, grow, noise_every
         self.plan = Plan(schedule, data.train_size, seed, drop_last, self.world.rank, self.world.size)
+        if grow and noise_every and (measured := -(-self.plan.updates // noise_every)) < FEWEST:
+            raise WrongValue(f"noise_every of {noise_every} measures {measured} of {self.plan.updates} updates, and an "
+                             f"estimate takes {FEWEST}: measure more often")
         self.micro_batch = MicroBatch(self.step, micro_batch, data)
         self.state, self.noise = State(EpochSums(data.device)), NoiseScale(self.model)
         if self.world.size > 1: settle_buckets(self.step, *self.micro_batch.sample(1))

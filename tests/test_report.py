@@ -5,7 +5,7 @@ import pytest
 from test_analysis import make
 
 from adabatch import report
-from adabatch.analysis import Comparison, collect, examined
+from adabatch.analysis import Comparison, collect, comparisons, examined
 from adabatch.experiment import CONTROLS, select
 from adabatch.train import existing
 
@@ -31,9 +31,10 @@ def test_the_first_table_has_a_row_for_each_comparison(tmp_path):
     for seed in range(2):
         make(tmp_path, seed, error=5.0 + seed)
         make(tmp_path, seed, error=15.0 + 1.1 * seed, schedule="adabatch", row=dict(updates=4))
-    row = report.comparisons_table(collect(tmp_path)).splitlines()[-1]
+    evidence = collect(tmp_path)
+    row = report.comparisons_table(evidence, comparisons(evidence)).splitlines()[-1]
     assert "| 6.00 ± 0.71 | 16.05 ± 0.78 | +10.05 (paired +9.73 to +10.37) | 2 pairs | 32 → 8 |" in row
-    assert report.comparisons_table(collect(tmp_path / "none")) == "No runs yet."
+    assert report.comparisons_table(collect(tmp_path / "none"), []) == "No runs yet."
 
 def test_controls_have_a_row_where_they_were_run(tmp_path):
     make(tmp_path, error=20.0, schedule="adabatch", dataset="cifar10")

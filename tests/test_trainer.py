@@ -445,6 +445,8 @@ def test_a_trigger_in_a_warm_up_or_beyond_the_training_set_does_not_end_the_trai
     assert {row["batch_size"] for row in history} == {256}
     with pytest.raises(ValueError, match="give the Trainer noise_every"):
         trainer(fixed(16, lr=0.1, epochs=3), grow=partial(grow_by, norm, max_batch_size=64)).fit()
+    with pytest.raises(ValueError, match="noise_every of 4 measures 15 of 60 updates, and an estimate takes 20"):
+        trainer(fixed(16, lr=0.1, epochs=3), grow=partial(grow_by, norm, max_batch_size=64), noise_every=4)
 
 def test_the_new_way_to_ask_for_tf32_is_no_obstacle_on_a_cpu():
     matmul = torch.backends.cuda.matmul
