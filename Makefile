@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv/ first; nothing is installed anywhere else.
+# Every target sets up what it needs in .venv/ first (docs in _docs/, release in a temporary folder), and nowhere else.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: .venv/.ready  ## create the environment .venv/; every target below does so first
+setup: .venv/.ready  ## create the environment .venv/; the targets below do so first
 
 .venv/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

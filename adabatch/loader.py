@@ -380,8 +380,9 @@ def _unroll(plan, grown):
     plan.updates = plan._progress.updates = updates
 
 def _grow(plan: "Plan", growth: float = 2):
-    """Between epochs, or within one for the next: from there on a batch `growth` times as large, and LR / batch as
-    planned. ValueError in the last epoch, in a warm-up, or for a batch larger than the training set."""
+    """Between epochs, or within one for the next: from there on a batch `growth` times as large, and LR / batch (of
+    a curve: what its rule says) as planned. ValueError in the last epoch, in a warm-up, or for a batch larger than the
+    training set."""
     done, epoch = plan._progress.done, plan.schedule.epochs  # if all is done
     if plan._epoch is not None: epoch = plan._epoch + 1
     elif done < plan.updates: epoch = plan.at(done).epoch

@@ -56,7 +56,7 @@ class Record:
         return bool((self.processes == processes).all() and (self.micro_batch == expected).all())
 
     def log(self) -> str:
-        "The lines the run printed while training."
+        "A line an epoch, as the run printed it, but with the seconds it took instead of the time left."
         rows = [{name: a[k] for name, a in self.arrays.items()} for k in range(self.epochs)]
         return "\n".join(epoch_line(k, self.config.get("epochs", self.epochs), row) for k, row in enumerate(rows))
 

@@ -609,10 +609,23 @@ def _constant_batch(evidence):
     text = ("**A constant batch of 640, with about as many updates, ends above AdaBatch over 20 epochs of CIFAR-10; "
             f"over 100 epochs that is not decided**: {_difference(fifth)}, {fifth.n}, and {_difference(whole)}, "
             f"{whole.n}. Over 20 epochs it trailed by {min(before):.1f} to {max(before):.1f} points before AdaBatch's "
-            "batch had grown, so that gap need not come from growing. Its learning rate was scaled linearly, not tuned.")
+            "batch had grown, so that gap need not come from growing. Its learning rate was scaled linearly, not "
+            "tuned.")
     detail = f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}."
     fits = fifth.word == "holds" and whole.word == "not decided" and min(before) > 1
     return Finding(text, bool(fits), detail)
+
+def _large_batch(evidence):
+    "The largest batch throughout, with the small batch's learning rate and with one scaled as the batch is."
+    keys = PAPER.key("large"), control_key("scaled rate")
+    v = compare_control(evidence, "scaled rate")
+    if not v.pairs or not evidence[keys[0]]: return None
+    ends, updates = [_mean(evidence, key) for key in keys], _updates(evidence, keys[0])
+    text = (f"**The largest batch throughout, {updates:,} updates, ends far above AdaBatch, less far with a learning "
+            f"rate scaled as the batch is** (CIFAR-10): at {ends[0]:.1f} % with the small batch's learning rate "
+            f"({len(evidence[keys[0]])} run), and with sixteen times that, after a warm-up, at {ends[1]:.1f} %: "
+            f"{_difference(v)}, {_of(v)}.")
+    return Finding(text, bool(v.word == "holds" and v.difference > 5 and ends[0] > ends[1] + 5))
 
 def _decay(evidence):
     "The small batch and AdaBatch, each with the decay of either."
@@ -707,7 +720,7 @@ def findings(evidence: Evidence, output_dir: str | Path = "outputs") -> list[Fin
     "What was found, as far as there are runs to say it of."
     verdicts = {c: compare(evidence, c) for c in comparisons(evidence) if not c.suffix}
     found = [_real_images(evidence, verdicts), _fifth(evidence), _digits(evidence, verdicts, output_dir),
-             _stopped_early(evidence), _constant_batch(evidence), _decay(evidence)]
+             _stopped_early(evidence), _constant_batch(evidence), _large_batch(evidence), _decay(evidence)]
     if verdicts: found += [_time(output_dir), _network(output_dir), _gpu(evidence, output_dir)]
     return [finding for finding in found if finding]
 
@@ -726,11 +739,12 @@ def results(evidence: Evidence, output_dir: str = "outputs") -> str:
     shows = "Test error over the number of updates, for AdaBatch, fixed batches and controls"
     figure = (f"![{shows}]({output_dir}/results.png)\n\n*AlexNet on CIFAR-10, batches of 256 (small) to 4,096 "
               "(large): test error, mean of the last five epochs (right: four), over the number of updates, on a "
-              "logarithmic scale; means of all n runs, bars from the lowest to the highest; red: what the paper did not "
-              "run. The differences below are of the seeds that two arms share.*")
+              "logarithmic scale; means of all n runs, bars from the lowest to the highest; red: what the paper did "
+              "not run. The differences below are of the seeds that two arms share.*")
     terms = ("An *update* is one step of the optimizer, a *pair* two runs from the same seed, a *point* a percentage "
              "point of test error; the *decay* is what the learning rate is multiplied by at a milestone. In brackets: "
-             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread of all such runs.")
+             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread of the network's runs "
+             "on like data.")
     there = [c for c in comparisons(evidence) if compare(evidence, c).pairs > 1]
     said = answers(evidence, output_dir)
     if "decided early" in said: terms += (" *Decided early*: with fewer than four pairs, because the difference is far "

@@ -63,7 +63,7 @@ class EpochSums:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.loss, self.metric = torch.zeros(2, dtype=dtype, device=device).unbind()  # summed over samples
         self.seconds = [0.0] * (len(PHASES) + 1)  # of the phases, and of everything
-        self.resize_seconds = 0.0  # of finding micro-batches that fit
+        self.resize_seconds = 0.0  # of `prepare`: trial passes and graphs
 
     def add(self, loss: torch.Tensor, metric: torch.Tensor, weight: float):
         "Add a micro-batch's sums, without waiting for the device."
