@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import record
+from . import WrongValue, record
 from .data import DATASETS
 from .experiment import CONTROLS, Experiment, Run, make_schedule, recipe, resolve
 from .record import Record
@@ -67,9 +67,10 @@ def collect(output_dir: str | Path) -> Evidence:
 LAST = 5  # epochs
 
 def endpoint(r: Record, measure: str = "test_error") -> float:
-    "Mean of a measure over the last five epochs of a run, or over its last stage where that is shorter."
-    falls = np.flatnonzero(np.diff(r.lr))
-    stage = r.epochs - (falls[-1] + 1 if len(falls) else 0)
+    "Mean of a measure over the last five epochs of a run, or its last stage where that is shorter; NaN if it diverged."
+    if r.status == "diverged": return np.nan
+    changes = np.flatnonzero((np.diff(r.lr) != 0) | (np.diff(r.batch_size) != 0))
+    stage = r.epochs - (changes[-1] + 1 if len(changes) else 0)
     return float(r.arrays[measure][-min(LAST, stage):].mean())
 
 # %% ../nbs/12_analysis.ipynb #73e5aec5
@@ -92,8 +93,9 @@ def _quantile(freedom, level=0.9):
     return float(stats.t.ppf((1 + level) / 2, freedom))
 
 def pool(arms: Iterable[Iterable[float]]) -> Spread:
-    "The spread within arms; an arm of one run adds nothing."
-    arms = [arm for arm in (np.fromiter(values, float) for values in arms) if len(arm) > 1]
+    "The spread within arms, of the runs that did not diverge; an arm of one run adds nothing."
+    arms = (np.fromiter(values, float) for values in arms)
+    arms = [arm for arm in (values[np.isfinite(values)] for values in arms) if len(arm) > 1]
     freedom = sum(len(arm) - 1 for arm in arms)
     squares = sum(((arm - arm.mean()) ** 2).sum() for arm in arms)
     return Spread(float(np.sqrt(squares / max(1, freedom))), freedom)
@@ -184,7 +186,8 @@ def comparisons(evidence: Evidence) -> list[Comparison]:
     "Those of which there are runs of AdaBatch and of the small batch: the paper's schedules first, `digits` last."
     found = []
     for dataset, model, arm in evidence.runs:
-        name = Comparison(dataset, model).arms()["adaptive"]
+        try: name = Comparison(dataset, model).arms()["adaptive"]
+        except WrongValue: continue  # of a folder that is named as a data set is, with a network that does not fit that
         c = Comparison(dataset, model, arm.removeprefix(name))
         if arm.startswith(name) and evidence[c.key("small")]: found.append(c)
     order = "cifar100", "cifar10", "digits"

@@ -86,7 +86,11 @@ RECIPES = {  # (data, network) -> values; `decay` is that of the effective learn
 }
 
 # %% ../nbs/09_experiment.ipynb #b2a52f64
-def recipe(model: str, dataset: str, schedule: str, trigger: str | None = None) -> dict:
+def recipe(
+    model: str, dataset: str, schedule: str,
+    trigger: str | None = None,
+    growth: float | None = None,  # if not the recipe's own
+) -> dict:
     "The values that `None` stands for. ValueError for a network that does not fit the data."
     family = DATASETS.get(dataset, DATASETS["imagenet"]).family
     if (family, model) not in RECIPES:
@@ -95,7 +99,8 @@ def recipe(model: str, dataset: str, schedule: str, trigger: str | None = None) 
     values = dict(RECIPES[family, model])
     decay = values.pop("decay")
     if trigger not in MEASURED: values["noise_every"] = None
-    if "growth" in signature(SCHEDULES[schedule]).parameters: return values | dict(lr_decay=decay * values["growth"])
+    if "growth" in signature(SCHEDULES[schedule]).parameters:
+        return values | dict(lr_decay=decay * (growth or values["growth"]))
     return values | dict(lr_decay=decay, max_batch_size=None, growth=None)
 
 # %% ../nbs/09_experiment.ipynb #4eded554
@@ -114,7 +119,7 @@ class Run:
     def recipe(self) -> dict:
         "The recipe's values for its settings."
         e = self.experiment
-        return recipe(e.model, e.dataset, e.schedule, e.trigger)
+        return recipe(e.model, e.dataset, e.schedule, e.trigger, e.growth)
 
     @property
     def arm(self) -> str:
@@ -241,7 +246,7 @@ def resolve(
         known = ", ".join(DATASETS)
         raise WrongValue(f"unknown data set {shown(e.dataset)}: choose from {known}, "
                          "or give a folder of class folders")
-    values = recipe(e.model, e.dataset, e.schedule, e.trigger)
+    values = recipe(e.model, e.dataset, e.schedule, e.trigger, e.growth)
     for name in ("max_batch_size", "growth", "trigger"):
         if values["growth"] is None and getattr(e, name) is not None:
             raise WrongValue(f"a {e.schedule} schedule has no {name}")
@@ -291,7 +296,7 @@ CONTROLS = {  # what each changes -> the experiment and how many seeds; in order
     "decay without growth": (_alexnet("fixed", lr_decay=0.75), 2),
     "growth with full decay": (_alexnet(lr_decay=0.375), 2),
     "scaled rate": (_alexnet("fixed", 4096, warmup_epochs=5), 2),
-    "fourfold growth": (_alexnet(growth=4, lr_decay=1.5), 3),
+    "fourfold growth": (_alexnet(growth=4), 3),
     "late growth": (_alexnet(max_batch_size=2048, trigger="40,60,80"), 3),
 }
 

@@ -7,7 +7,7 @@ __all__ = ['FURTHEST', 'shard', 'micro_batches', 'draw_order', 'draw_seeds', 'Se
            'plot_schedule']
 
 # %% ../nbs/01_loader.ipynb #4a1fa600
-import math, warnings
+import math, os, warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -265,6 +265,7 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
     def load_state_dict(self, state):
         _unroll(self._plan, state.get("grown", []))
         super().load_state_dict({name: value for name, value in state.items() if name != "grown"})
+        self.look_up()  # an optimizer that was loaded before has the rate of the first update again
 
 def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
     """A scheduler to step after every update, beginning at `start`, which it counts up.
@@ -313,7 +314,11 @@ class _Pass:
 
 def _check_processes(plan):
     "Are the processes of torch.distributed those that the plan was told of?"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if plan.world_size == 1 and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+            plan._progress.warn("processes", "several processes were started, and no process group joins them: each "
+                                "makes the whole training; call torch.distributed.init_process_group first")
+        return
     found = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if found == (plan.rank, plan.world_size): return
     plan._progress.warn("processes", f"torch.distributed has rank {found[0]} of {found[1]} here, but the plan rank "

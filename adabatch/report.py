@@ -392,7 +392,9 @@ def plot_differences(evidence: Evidence, there: list[Comparison]):
     fig, axes = _row_of_panels(len(there), 4.4, 3.4)
     for ax, c in zip(axes, there):
         grown, small = (evidence.runs[c.key(role)] for role in ("adaptive", "small"))
-        pairs = np.stack([grown[seed].test_error - small[seed].test_error for seed in grown.keys() & small.keys()])
+        seeds = grown.keys() & small.keys()
+        errors = _stack([runs[seed] for runs in (grown, small) for seed in seeds], "test_error")
+        pairs = errors[:len(seeds)] - errors[len(seeds):]
         epochs = np.arange(1, pairs.shape[1] + 1)
         ax.axhspan(-1, 1, color="0.9", zorder=0)
         ax.plot(epochs, pairs.T, color="C0", lw=0.8, alpha=0.5)
@@ -546,9 +548,9 @@ def _fifth(evidence):
     "AlexNet on CIFAR-10 in 20 epochs, once all pairs are there."
     c = FIFTH
     v = compare(evidence, c)
-    if v.pairs < 4: return None
+    if v.pairs < 4 or np.isnan(v.difference): return None
     fewer, more = (_updates(evidence, c.key(role)) for role in ("adaptive", "small"))
-    errors = np.mean([r.test_error for r in evidence[c.key("small")]], 0)
+    errors = _stack(evidence[c.key("small")], "test_error").mean(0)
     text = ("**Over 20 epochs of CIFAR-10 AlexNet ends within one point of the small batch**: "
             f"{_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. In its last stage the small batch's "
             f"error still fell by {errors[-5] - errors[-1]:.1f} points, so this says little of a training that goes on "
@@ -766,8 +768,9 @@ def write_between(text: str, markers: tuple[str, str], new: str) -> str:
 def render(output_dir: str = "outputs", jobs: int = 1) -> list[Path]:
     "Execute `run.ipynb` again for every record that belongs where it lies. Returns the paths that failed."
     runs = [run for _, run, _, objection in examined(output_dir) if not objection]
+    sweep = Sweep(runs, jobs=jobs)
     for run in runs: run.path.with_suffix(".ipynb").unlink(missing_ok=True)
-    return Sweep(runs, jobs=jobs).run()
+    return sweep.run()
 
 def _write(output_dir, readme):
     "Draw the figure and write the results into the README, saying so."

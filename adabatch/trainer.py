@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import WrongType, WrongValue
-from .device import PRECISIONS, Interrupted, World, device_settings, seed_device, synchronize
+from .device import PRECISIONS, Interrupted, World, device_settings, launch_variable, seed_device, synchronize
 from .files import load_checkpoint, save_checkpoint
 from .loader import Plan, Update, micro_batches, shard
 from .noise import FEWEST, Halves, NoiseScale, same_buffers
@@ -491,9 +491,12 @@ class EpochLoop:
         metric: Callable = percent_wrong,  # the same; `train_error` and `test_error` are its means
         test_metrics: dict[str, Callable] | None = None,  # further test metrics: name in the history -> function
         noise_every: int | None = None,  # updates from one measurement of the noise scale to the next; None: never
-        grow: Callable[[Schedule, list[dict]], Schedule] | None = None,  # of the plan and the finished epochs' rows
+        grow: Callable[[Schedule, list[dict]], Schedule] | None = None,  # (planned, rows of finished epochs) -> grown
     ):
         _check_parts(model, optimizer, precision, micro_batch)
+        if not dist.is_initialized() and launch_variable("WORLD_SIZE", 1) > 1:
+            raise WrongValue("several processes were started, and no process group joins them: make the Trainer within "
+                             "adabatch.device.process_group(device)")
         if noise_every is not None: whole_number("noise_every", noise_every)
         self.model = model.to(data.device, memory_format=torch.channels_last)
         self.optimizer, self.data, self.schedule, self.device = optimizer, data, schedule, data.device
@@ -530,6 +533,11 @@ class EpochLoop:
             warnings.warn(f"the batch does not grow to {size}: the training set has {self.plan.samples} samples",
                           stacklevel=3)
             return False
+        was, now = ([s.at(k).batch_size for k in range(min(len(rows) + 1, schedule.epochs))]
+                    for s in (self.schedule, schedule))
+        if now[:len(rows)] != was[:len(rows)] or now[-1] < was[-1]:
+            raise WrongValue(f"grow must decide again what it has decided: it gave batches of {shown(was)}, and now "
+                             f"{shown(now)}; it is given the planned schedule and the rows of all finished epochs")
         plan, self.schedule = self.plan, schedule
         self.plan = Plan(schedule, plan.samples, self.seed, plan.drop_last, plan.rank, plan.world_size)
         return True
@@ -570,7 +578,6 @@ def prepare(loop: EpochLoop):
     few = min(n for n in (64, loop.micro_batch.asked, loop.data.test_size) if n)
     check_loss(loop.step, *next(iter(loop.data.test_batches([(0, few)]))))
     if not loop.model.training: loop.model.train()  # as in an update
-    if not loop.micro_batch.sizes.keys() >= {s.stage.batch_size for s in loop.plan.segments}: loop.step.forget()
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
     for segment in loop.plan.segments:
         size, state.oom_limit = loop.micro_batch.find(segment.stage.batch_size, state.oom_limit)
@@ -617,15 +624,26 @@ def _resume(loop, saved):
     except KeyError:
         raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
 
+def _check_options(optimizer, saved):
+    "ValueError unless both states have the same settings, but for the rate and those that say how to compute."
+    others = {"params", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
+    for now, before in zip(optimizer["param_groups"], saved["param_groups"]):
+        for name in sorted(now.keys() & before.keys() - others):
+            if now[name] != before[name]:
+                raise WrongValue(f"the checkpoint is of another model or optimizer ({name} {before[name]}, not "
+                                 f"{now[name]}): delete it or use a new path")
+
 def _restore(loop, saved):
     before, now = saved["samples"], loop.plan.samples
     if before != now:
         raise WrongValue(f"the training set has {now:,} samples, but had {before:,} when the checkpoint was "
                          "written: restore it, or remove the checkpoint to start again")
-    loop.replan(json.loads(saved["rows"]))
+    rows = json.loads(saved["rows"])
+    for finished in range(len(rows)): loop.replan(rows[:finished + 1])  # one by one: some may have been refused
     loop.noise.load_state_dict(saved["noise"])
     if saved["plan"] != _updates(loop):
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
+    _check_options(loop.optimizer.state_dict(), saved["optimizer"])
     try:
         loop.model.load_state_dict(saved["model"])
         loop.optimizer.load_state_dict(saved["optimizer"])
@@ -642,7 +660,7 @@ class Trainer(EpochLoop):
     `Folder`, or an object with their methods. `seed` is that of order and augmentation. A batch is divided over the
     processes that torchrun started, and there into forward passes of at most `micro_batch` samples. `loss` and `metric`
     are functions of (output, targets), summed over the samples. Every `noise_every` updates the gradient noise scale is
-    measured, and `grow` may grow the schedule between epochs."""
+    measured, and after each epoch `grow` returns the schedule as planned, grown by the rows of all finished epochs."""
     def fit(self,
         checkpoint: str | Path | None = None,  # file for the state, from which to resume if it exists
         identity: dict | None = None,  # what the checkpoint must match; JSON values
@@ -670,7 +688,9 @@ class Trainer(EpochLoop):
                 self.train_epoch(after_update)
                 row = epoch_row(self)
                 state.next_epoch(row, self.device)
-                if self.replan(self.history): prepare(self)
+                if self.replan(self.history):
+                    self.step.forget()
+                    prepare(self)
                 if self.world.rank == 0: on_epoch(state.epoch - 1, row)
                 self.clock.start()
                 if state.epoch < self.schedule.epochs: self._pause(saver)

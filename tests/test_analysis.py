@@ -6,7 +6,7 @@ from scipy import stats
 
 from adabatch import record
 from adabatch.analysis import (
-    PAPER, Comparison, Spread, collect, compare, compare_control, endpoint, judge, paired_interval, pool)
+    PAPER, Comparison, Spread, collect, compare, compare_control, comparisons, endpoint, judge, paired_interval, pool)
 from adabatch.experiment import Experiment, resolve
 
 def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
@@ -22,13 +22,26 @@ def make(folder, seed=0, error=5.0, row=(), made=(), **settings):
 
 def by_seed(values): return dict(enumerate(values))
 
-def lasting(errors, lr):
-    return record.Record(dict(test_error=np.array(errors, float), lr=np.array(lr, float)), {}, {}, "complete")
+def lasting(errors, lr, sizes=None, status="complete"):
+    sizes = np.array(sizes or [16] * len(lr))
+    arrays = dict(test_error=np.array(errors, float), lr=np.array(lr, float), batch_size=sizes)
+    return record.Record(arrays, {}, {}, status)
 
 def test_the_endpoint_lies_behind_the_last_milestone():
     assert endpoint(lasting([9, 9, 9, 5, 4, 3, 2, 1], [1] * 8)) == 3
     assert endpoint(lasting([9, 9, 9, 9, 9, 3, 2, 1], [1] * 5 + [0.5] * 3)) == 2
     assert endpoint(lasting([9, 1], [1, 0.5])) == 1
+    assert endpoint(lasting([9, 9, 9, 1, 1], [1] * 5, [16, 16, 16, 32, 32])) == 1  # growth alone
+
+def test_a_run_that_diverged_decides_nothing_and_widens_no_other_interval():
+    assert np.isnan(endpoint(lasting([9, 9, 90], [1] * 3, status="diverged")))
+    assert pool([[1.0, 2.0, np.nan], [4.0, np.nan]]) == pool([[1.0, 2.0]])
+
+def test_a_folder_that_is_named_as_a_data_set_ends_no_report(tmp_path):
+    folder = tmp_path / "mine/cifar10"
+    folder.mkdir(parents=True)
+    make(tmp_path, dataset=str(folder), model="resnet50")
+    assert list(collect(tmp_path).runs) == [("cifar10", "resnet50", "fixed-256")] and not comparisons(collect(tmp_path))
 
 def test_the_intervals_are_those_of_two_one_sided_tests():
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import torch
 from conftest import small
 
 from adabatch import forecast
+from adabatch import trainer as engine
 from adabatch.experiment import Experiment, resolve
 from adabatch.forecast import measure, noise, samples_per_second
 from adabatch.schedule import fixed
@@ -32,6 +33,13 @@ def test_a_measurement_trains_what_it_says_and_leaves_the_trainer_as_it_was(monk
     assert min(found.rates) == 16 and set(trained) == {16, 32}
     assert {len(rate.values) for rate in found.rates.values()} == {max(forecast.ROUNDS, len(found.rate(16).values))}
     assert all(rate.low <= rate.median <= rate.high for rate in found.rates.values())
+
+def test_recorded_passes_of_all_sizes_are_measured(monkeypatch):
+    monkeypatch.setattr(engine, "GRAPHED", ("cpu",))
+    model = small()
+    trainer = Trainer(model, torch.optim.SGD(model.parameters(), lr=0.01), noise(256), fixed(16, lr=0.01), compile=True)
+    measure(trainer, [16, 32], seconds=0.1)
+    assert [x[0] for x, *_ in trainer.step.passes] == [16, 32]
 
 def test_sizes_that_the_time_does_not_allow_are_left_out_with_all_above(monkeypatch):
     now = [0.0]

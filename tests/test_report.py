@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from test_analysis import make
 
-from adabatch import report
+from adabatch import record, report, sweep
 from adabatch.analysis import Comparison, collect, comparisons, examined
 from adabatch.experiment import CONTROLS, select
 from adabatch.train import existing
@@ -89,6 +89,24 @@ def test_runs_that_share_no_seed_and_a_comparison_of_triggers_half_made_end_no_r
         for schedule in ("adabatch", "fixed"): make(tmp_path, model=model, schedule=schedule)
     (tmp_path / "growth-alexnet.json").write_text(json.dumps({"fixed-16-seed0": {}}))
     report.findings(collect(tmp_path), tmp_path)
+
+def test_a_run_that_diverged_ends_no_report(tmp_path):
+    for seed in range(4):
+        for schedule in ("adabatch", "fixed"):
+            path = make(tmp_path, seed, dataset="cifar10", epochs=20, every=4, schedule=schedule)
+    r = record.load(path)
+    rows = [{name: values[0] for name, values in r.arrays.items()}]
+    record.save(path, rows, r.config, r.environment, "diverged")
+    evidence = collect(tmp_path)
+    assert "not decided" in report.results(evidence, str(tmp_path))
+    assert report.plot_differences(evidence, comparisons(evidence))
+
+def test_no_notebook_is_removed_where_none_can_be_made(tmp_path, monkeypatch):
+    notebook = make(tmp_path).with_suffix(".ipynb")
+    notebook.write_text("executed")
+    monkeypatch.setattr(sweep, "NOTEBOOK", tmp_path / "nowhere.ipynb")
+    with pytest.raises(ValueError, match="is not next to the package"): report.render(str(tmp_path))
+    assert notebook.exists()
 
 def test_the_best_epoch_is_that_of_the_best_run(tmp_path):
     make(tmp_path, 0, error=5.0)

@@ -426,6 +426,14 @@ def test_resumed_in_the_wrong_order():
     load = later.state_dict()
     warned(lambda: resume(lambda plan, scheduler: scheduler.load_state_dict(load)), "when resuming, set plan.start")
 
+def test_a_scheduler_that_is_loaded_after_its_optimizer():
+    _, _, before, saved = parts()
+    for _ in range(20): step(before, saved)
+    plan, _, optimizer, _ = parts()
+    optimizer.load_state_dict(before.state_dict())
+    plan.lr_scheduler(optimizer).load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["lr"] == before.param_groups[0]["lr"] == plan.lr(20) < 0.1
+
 def test_epochs_of_a_stateful_loader():
     plan, _, optimizer, scheduler = parts()
     loader = StatefulDataLoader(TensorDataset(torch.arange(100)), batch_sampler=plan)
@@ -470,7 +478,9 @@ def test_what_reaches_its_largest_is_silent():
 def test_a_run_is_named_by_what_it_reaches():
     run = warned(lambda: resolve(Experiment("alexnet", "cifar10", epochs=30)), "ends at 512", here=False)
     assert run.arm == "adabatch-256-512-epochs30" and run.config["max_batch_size"] == 512
-    assert resolve(Experiment("alexnet", "cifar10", growth=4.0)).arm == "adabatch-256-4096-growth4"
+    fourfold = resolve(Experiment("alexnet", "cifar10", growth=4.0))
+    assert fourfold.arm == "adabatch-256-4096-growth4"
+    assert fourfold.schedule.lr(99) / 4096 == pytest.approx(0.01 / 256 * 0.375 ** 4)  # LR / batch falls as by doubling
     text = resolve(Experiment("resnet20", "cifar10")).describe()
     assert "128 (epoch 0, lr 0.01)" in text and "2048 (epoch 80, lr 0.00316406)" in text
 
@@ -519,6 +529,14 @@ def several(settings, line):
     (dict(rank="mine", world_size=2), None),
 ])
 def test_processes_that_the_plan_does_not_know(settings, line): together(2, several, settings, line)
+
+def test_processes_that_no_group_joins(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warned(lambda: iter(Plan(SCHEDULE, 100)), "no process group joins them: each makes the whole training")
+    iter(Plan(SCHEDULE, 100, rank=1, world_size=2))
+    model = small()
+    with pytest.raises(ValueError, match="make the Trainer within adabatch.device.process_group"):
+        Trainer(model, sgd(model=model), load_data("digits"), SCHEDULE)
 
 # 8. an optimizer with another rate
 

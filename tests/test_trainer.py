@@ -408,6 +408,8 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
     trainer(GROWING).fit(path)
     adam = small()
     swapped = Trainer(adam, torch.optim.Adam(adam.parameters()), Watched(SAMPLES), GROWING)
+    decayed = trainer(GROWING)
+    decayed.optimizer.param_groups[0]["weight_decay"] = 0.5
     for make, line in (
         (lambda: trainer(GROWING, seed=1), "another schedule or seed"),
         (lambda: trainer(fixed(16, lr=0.1, epochs=4)), "another schedule or seed"),
@@ -415,6 +417,7 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(tmp_path):
         (lambda: trainer(replace(GROWING, epochs=5)), "another schedule or seed"),
         (lambda: trainer(GROWING, get_model("alexnet")), "another model or optimizer"),
         (lambda: swapped, "another model or optimizer"),
+        (lambda: decayed, r"another model or optimizer \(weight_decay 0"),
     ):
         with pytest.raises(ValueError, match=f"the checkpoint is of {line}") as refused: make().fit(path)
         assert "\n" not in str(refused.value)
@@ -447,6 +450,21 @@ def test_a_trigger_in_a_warm_up_or_beyond_the_training_set_does_not_end_the_trai
         trainer(fixed(16, lr=0.1, epochs=3), grow=partial(grow_by, norm, max_batch_size=64)).fit()
     with pytest.raises(ValueError, match="noise_every of 4 measures 15 of 60 updates, and an estimate takes 20"):
         trainer(fixed(16, lr=0.1, epochs=3), grow=partial(grow_by, norm, max_batch_size=64), noise_every=4)
+
+def test_a_growth_that_was_refused_is_refused_again_when_resumed(tmp_path):
+    def growing():
+        grow = partial(grow_by, lambda rows: True, max_batch_size=1024, growth=8)
+        return trainer(fixed(16, lr=0.01, epochs=14), grow=grow)
+    def stop(epoch, row):
+        if epoch == 11: signal.raise_signal(signal.SIGTERM)
+    with pytest.warns(UserWarning, match="does not grow to 1024"):
+        with pytest.raises(Interrupted): growing().fit(tmp_path / "run.pt", on_epoch=stop)
+        assert [row["batch_size"] for row in growing().fit(tmp_path / "run.pt")] == [16] + 13 * [128]
+
+def test_a_growth_that_is_not_decided_again_is_refused():
+    def once(schedule, rows): return schedule.grown(len(rows), 2) if len(rows) == 1 else schedule
+    with pytest.raises(ValueError, match="gave batches of .16, 32, 32., and now .16, 16, 16.; it is given the planned"):
+        trainer(fixed(16, lr=0.01, epochs=4), grow=once).fit()
 
 def test_the_new_way_to_ask_for_tf32_is_no_obstacle_on_a_cpu():
     matmul = torch.backends.cuda.matmul
