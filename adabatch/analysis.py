@@ -232,7 +232,9 @@ def controlled(name: str) -> Comparison:
 def compare_control(evidence: Evidence, name: str, role: str = "adaptive") -> Verdict:
     "Does a control end higher than AdaBatch, or than another role of the comparison?"
     c = controlled(name)
-    arms = [control_key(other) for other in CONTROLS if other != "scaled rate" and controlled(other) == c]
-    arms += _related(evidence, c, "adaptive")
+    if name == "scaled rate": arms = [control_key(name), *_related(evidence, c, "large")]  # these scatter more
+    else:
+        arms = [control_key(other) for other in CONTROLS if other != "scaled rate" and controlled(other) == c]
+        arms += _related(evidence, c, "adaptive")
     spread = pool(evidence.endpoints(key).values() for key in dict.fromkeys(arms))
     return judge(evidence.endpoints(control_key(name)), evidence.endpoints(c.key(role)), 0.0, np.inf, spread)

@@ -142,6 +142,16 @@ def test_controls_are_compared_with_adabatch(tmp_path):
         assert (v.word, v.early, v.runs) == ("holds", True, (1, 1)) and v.difference == pytest.approx(difference)
     assert compare_control(evidence, "stopped early").word == "not decided"
 
+def test_a_scaled_rate_is_judged_by_the_spread_of_large_batches(tmp_path):
+    for seed in range(4):
+        make(tmp_path, seed, error=20 + 0.1 * seed, schedule="adabatch", dataset="cifar10")
+        make(tmp_path, seed, error=20.2 + 0.1 * seed, dataset="cifar10")
+        for arm in (dict(schedule="adabatch"), {}, dict(batch_size=256)): make(tmp_path, seed, 50 + seed, **arm)
+    for seed, error in ((0, 30.0), (1, 44.0)):
+        make(tmp_path, seed, error, dataset="cifar10", batch_size=4096, warmup_epochs=5)
+    v = compare_control(collect(tmp_path), "scaled rate")
+    assert (v.word, v.runs) == ("not decided", (2, 2)) and v.pooled[1] - v.pooled[0] > 15
+
 def test_a_control_of_twenty_epochs_is_compared_with_adabatch_of_twenty(tmp_path):
     fifth = dict(dataset="cifar10", epochs=20, every=4)
     for seed in range(4):
