@@ -386,6 +386,10 @@ def shared_epochs(evidence: Evidence, c: Comparison) -> int:
     def shared(a, b): return sum(1 for _ in takewhile(lambda rows: rows[0] == rows[1], zip(measured(a), measured(b))))
     return min((shared(grown[seed], small[seed]) for seed in grown.keys() & small.keys()), default=0)
 
+def _stack(runs, quantity):
+    "An array (runs, epochs), as long as the shortest run."
+    return np.array([r.arrays[quantity][:min(r.epochs for r in runs)] for r in runs])
+
 def plot_differences(evidence: Evidence, there: list[Comparison]):
     "AdaBatch minus the small batch, test error epoch by epoch: a line a pair, their mean bold. None without pairs."
     if not there: return None
@@ -414,10 +418,6 @@ STYLES = {
     "scaled": ("C3", "-.", "fixed, large batch, learning rate scaled with it"),
 }
 TITLES = {"train_loss": "training loss (mean of the epoch)", "test_error": "test error (%)"}
-
-def _stack(runs, quantity):
-    "An array (runs, epochs), as long as the shortest run."
-    return np.array([r.arrays[quantity][:min(r.epochs for r in runs)] for r in runs])
 
 def _draw(ax, runs, quantity, over, color, style, label):
     "The mean of an arm over epochs or updates, and the range of its seeds."
@@ -613,7 +613,7 @@ def _constant_batch(evidence):
             f"above AdaBatch, {_difference(fifth)}, {fifth.n}, but trailed by {min(before):.1f} to {max(before):.1f} "
             "points before AdaBatch's batch had grown. Its learning rate was scaled linearly, not tuned.")
     detail = f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}."
-    close = whole.pairs >= 4 and all(-1 < end < 1 for end in whole.pooled + whole.paired)
+    close = whole.pairs >= 4 and all(i and -1 < i[0] and i[1] < 1 for i in (whole.pooled, whole.paired))
     fits = fifth.word == "holds" and whole.word == "not decided" and close and min(before) > 1
     return Finding(text, bool(fits), detail)
 
