@@ -349,10 +349,13 @@ def _draw_frontier(ax, evidence, c):
     least = min(np.mean(errors) for errors, _ in arms.values())
     highest = max(mean for errors, _ in arms.values() if (mean := np.mean(errors)) < least + 14)
     top, bottom = highest + 0.4 * (highest - least) + 1.5, least - 0.2 * (highest - least) - 1
+    edge = top - 0.05 * (top - bottom)
     for name, (errors, updates) in arms.items():
         color, mean = {"AdaBatch": "C0", "small batch": "C1", "large batch": "C2"}.get(name, "C3"), np.mean(errors)
-        text, y = f"{name}\n{mean:.1f} % (n={len(errors)})", min(mean, top - 0.05 * (top - bottom))
-        if mean > top: text += ", off the scale"
+        text, y = f"{name}\n{mean:.1f} % (n={len(errors)})".replace(", ", ",\n", 1), min(mean, edge)
+        if mean > top:
+            text += ", off the scale"
+            edge -= 0.13 * (top - bottom)  # the next one stands below
         if mean < top: ax.plot((updates, updates), (min(errors), max(errors)), color=color, lw=2)
         ax.plot(updates, y, "o" if mean < top else "^", color=color, ms=8)
         _label(ax, updates, (min(errors), y, max(errors)), text, color, name)
