@@ -94,8 +94,8 @@ def _quantile(freedom, level=0.9):
 
 def pool(arms: Iterable[Iterable[float]]) -> Spread:
     "The spread within arms, of the runs that did not diverge; an arm of one run adds nothing."
-    arms = (np.fromiter(values, float) for values in arms)
-    arms = [arm for arm in (values[np.isfinite(values)] for values in arms) if len(arm) > 1]
+    finite = (np.array([value for value in arm if np.isfinite(value)]) for arm in arms)
+    arms = [arm for arm in finite if len(arm) > 1]
     freedom = sum(len(arm) - 1 for arm in arms)
     squares = sum(((arm - arm.mean()) ** 2).sum() for arm in arms)
     return Spread(float(np.sqrt(squares / max(1, freedom))), freedom)
@@ -232,9 +232,8 @@ def controlled(name: str) -> Comparison:
 def compare_control(evidence: Evidence, name: str, role: str = "adaptive") -> Verdict:
     "Does a control end higher than AdaBatch, or than another role of the comparison?"
     c = controlled(name)
-    if name == "scaled rate": arms = [control_key(name), *_related(evidence, c, "large")]  # these scatter more
-    else:
-        arms = [control_key(other) for other in CONTROLS if other != "scaled rate" and controlled(other) == c]
-        arms += _related(evidence, c, "adaptive")
+    large = name == "scaled rate"  # large batches scatter more
+    arms = [control_key(other) for other in CONTROLS if (other == "scaled rate") == large and controlled(other) == c]
+    arms += _related(evidence, c, "large" if large else "adaptive")
     spread = pool(evidence.endpoints(key).values() for key in dict.fromkeys(arms))
     return judge(evidence.endpoints(control_key(name)), evidence.endpoints(c.key(role)), 0.0, np.inf, spread)

@@ -578,8 +578,8 @@ def _digits(evidence, verdicts, output_dir):
     if not set(there) <= verdicts.keys(): return None
     alexnet, resnet, vgg = (verdicts[c] for c in there)
     losses = [loss_difference(evidence, c) for c in there[:2]]
-    again = [_again(evidence, there[0], output_dir, *of) for of in (("test_error", 2), ("test_loss", 3))]
-    again.append(_again(evidence, there[1], output_dir, "test_error", 2))
+    again = [_again(evidence, c, output_dir, *of) for c, *of in (
+        (there[0], "test_error", 2), (there[0], "test_loss", 3), (there[1], "test_error", 2))]
     text = ("**On digits (360 small test images) AlexNet's error was higher with AdaBatch**: "
             f"{_difference(alexnet)}, {alexnet.n}; whether by less than one point is not decided. ")
     if all(again): text += "{2} of them, made again with later code, differ by {0} instead of {1}. ".format(*again[0])
