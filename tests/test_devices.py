@@ -74,6 +74,7 @@ def test_a_refusal_names_its_rank_and_is_said_once(monkeypatch, capsys, rank, ev
     monkeypatch.setenv("RANK", rank)
     assert experiment.exit_code(refuse) == 2 and capsys.readouterr().err == said
 
+@pytest.mark.filterwarnings("ignore:the batch ends at 16")
 def test_a_world_of_one_needs_no_rank(monkeypatch, tmp_path, quick):
     monkeypatch.setenv("WORLD_SIZE", "1")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR"): monkeypatch.delenv(name, raising=False)

@@ -198,6 +198,7 @@ def test_every_complaint_is_marked_and_no_clock_is_read_that_can_be_set_back():
     for path in Path("adabatch").glob("*.py"):
         assert not re.findall(r"raise (?:Value|Type)Error\b|\btime\.time\(|datetime\.now", path.read_text()), path
 
+@pytest.mark.filterwarnings("ignore:the batch ends at 32")
 def test_numbers_that_papermill_makes_of_text_are_text_again():
     names = dict(milestones=60, output_dir=2024, epochs=5)
     e = from_notebook(names, ["# Parameters\nmilestones = 60"])
@@ -205,6 +206,8 @@ def test_numbers_that_papermill_makes_of_text_are_text_again():
     command = sweep.command(resolve(replace(e, epochs=100, device="cpu")), "papermill")
     assert command[command.index("milestones") - 1] == "-r" and command[command.index("epochs") - 1] == "-p"
 
+@pytest.mark.filterwarnings("ignore:the batch ends at 2048")
+@pytest.mark.filterwarnings("ignore:the warm-up does not rise")
 def test_no_run_stands_twice_in_a_grid():
     for grid in experiment.GRIDS:
         runs = select(grid, seeds=3, device="cpu")

@@ -182,7 +182,7 @@ def model(): return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 
 def trainer(network=None, optimizer=None, **settings):
     network = network or model()
     optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=0.1)
-    return Trainer(network, optimizer, load_data("digits"), adabatch(16, 64, 0.1, epochs=2, every=1), **settings)
+    return Trainer(network, optimizer, load_data("digits"), adabatch(16, 32, 0.1, epochs=2, every=1), **settings)
 
 def groups():
     network = model()
@@ -194,7 +194,7 @@ def images(kind=torch.uint8, labels=torch.int64, count=4, first=0, mean=(0,) * 3
     y[0] = first
     return Images(*[(torch.zeros(4, 3, 8, 8, dtype=kind), y)] * 2, mean, std, 2)
 
-def plan(): return Plan(adabatch(16, 64, 0.1, epochs=2, every=1), 100)
+def plan(): return Plan(adabatch(16, 32, 0.1, epochs=2, every=1), 100)
 def plain_sgd(lr=0.1): return torch.optim.SGD(model().parameters(), lr=lr)
 
 PARTS = {

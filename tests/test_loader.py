@@ -165,6 +165,8 @@ def test_a_long_training_is_planned_at_once():
     assert [len(batch) for batch in plan] == [64, 64]
     assert len(pickle.dumps(plan)) < 10**6 and plan.at(plan.updates - 1).epoch == 10**12 - 1
 
+@pytest.mark.filterwarnings("ignore:no update is left")
+@pytest.mark.filterwarnings("ignore:all .* updates are done")
 def test_properties_of_any_plan():
     @some.composite
     def plans(draw):

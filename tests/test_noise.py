@@ -233,6 +233,7 @@ def test_a_plan_that_has_grown_resumes_with_the_same_samples_and_rates(workers):
     first, state = loop({0, 2}, stop=20)
     assert first + loop({2}, state)[0] == whole
 
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_the_schedulers_state_says_how_a_plan_has_grown():
     def made():
         plan = Plan(fixed(8, lr=0.1, epochs=3), 100)
@@ -275,6 +276,7 @@ def test_a_plan_grows_once_between_epochs_as_far_as_it_can(misuse, message):
     with pytest.raises(ValueError, match=message): misuse(plan)
     assert plan.schedule.stages[-1].batch_size == 8 * 2 ** len(plan._grown) and len(plan._grown) < 2
 
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_a_plan_does_not_grow_under_a_loop_over_all_of_it():
     plan = Plan(fixed(8, lr=0.1, epochs=2), 100)
     scheduler = plan.lr_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))

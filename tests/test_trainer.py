@@ -18,7 +18,7 @@ from adabatch.noise import grow_by, norm
 from adabatch.schedule import adabatch, fixed, from_lr_schedule
 from adabatch.trainer import Trainer
 
-GROWING = adabatch(16, 64, lr=0.02, every=2, epochs=4)
+GROWING = adabatch(16, 32, lr=0.02, every=2, epochs=4)
 
 SAMPLES = 330  # neither 16 nor 32 divides them
 

@@ -52,6 +52,7 @@ def test_a_sampler_of_ones_own_is_dealt_to_the_processes():
     assert [a + b for a, b in zip(*two, strict=True)] == batches
     assert any(len(set(batch)) < len(batch) for batch in batches)  # drawn with replacement
 
+@pytest.mark.filterwarnings("ignore:the plan has given all")
 def test_a_loader_prepared_by_accelerate_loses_no_sample():
     "It deals out whole batches in turn; were `plan.batch_size` a number, it would drop those of another size."
     plan = Plan(adabatch(16, 64, lr=0.1, every=1, epochs=3), 100)
@@ -62,6 +63,8 @@ def drawn_from(plan, loader, by_epoch):
     for _ in plan.by_epoch() if by_epoch else [0]:
         for indices, _ in loader: yield indices.tolist()
 
+@pytest.mark.filterwarnings("ignore:plan.start is .*, where iterating began")
+@pytest.mark.filterwarnings("ignore:the epoch gave 6 batches")
 @pytest.mark.parametrize("workers", [0, 4])
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_stateful_data_loader(workers, by_epoch):
