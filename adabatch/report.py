@@ -551,15 +551,16 @@ def _fifth(evidence):
     "AlexNet on CIFAR-10 in 20 epochs, once all pairs are there."
     c = FIFTH
     v = compare(evidence, c)
-    if v.pairs < 4 or np.isnan(v.difference): return None
+    milder = control_key("decay without growth, 20 epochs")
+    if v.pairs < 4 or np.isnan(v.difference) or not evidence[milder]: return None
     fewer, more = (_updates(evidence, c.key(role)) for role in ("adaptive", "small"))
-    errors = _stack(evidence[c.key("small")], "test_error").mean(0)
+    ends = [_mean(evidence, key) for key in (c.key("small"), milder)]
     text = ("**Over 20 epochs of CIFAR-10 AlexNet ends within one point of the small batch**: "
-            f"{_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. In its last stage the small batch's "
-            f"error still fell by {errors[-5] - errors[-1]:.1f} points, so this says little of a training that goes on "
-            "improving.")
+            f"{_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. But here the small batch is a weak "
+            f"baseline: it ends at {ends[0]:.1f} % with the paper's decay, at {ends[1]:.1f} % with a milder one "
+            "(below).")
     detail = f"The errors are {_errors(evidence, c)}. {_loss(evidence, c)}"
-    return Finding(text, bool(v.word == "holds" and errors[-5] - errors[-1] < 1), detail)
+    return Finding(text, v.word == "holds" and ends[1] < ends[0] - 1, detail)
 
 def _again(evidence, c, output_dir, measure, digits):
     """AdaBatch minus the small batch by the runs made to compare triggers, mean of their last stage's two epochs; by
@@ -613,8 +614,9 @@ def _constant_batch(evidence):
     before = [np.mean(arms[0][seed].test_error[:4] - arms[1][seed].test_error[:4]) for seed in arms[0].keys() & arms[1]]
     text = ("**A constant batch of 640, with about as many updates, ends within one point of AdaBatch over 100 epochs "
             f"of CIFAR-10; which is better is not decided**: {_difference(whole)}, {whole.n}. Over 20 epochs it ends "
-            f"above AdaBatch, {_difference(fifth)}, {fifth.n}, but trailed by {min(before):.1f} to {max(before):.1f} "
-            "points before AdaBatch's batch had grown. Its learning rate was scaled linearly, not tuned.")
+            f"above AdaBatch, {_difference(fifth)}, {fifth.n}; but it was {min(before):.1f} to {max(before):.1f} "
+            "points above before AdaBatch's batch had grown, which speaks for a small batch at the start rather than "
+            "for growth. Its learning rate was scaled linearly, not tuned.")
     detail = f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}."
     close = whole.pairs >= 4 and all(i and -1 < i[0] and i[1] < 1 for i in (whole.pooled, whole.paired))
     fits = fifth.word == "holds" and whole.word == "not decided" and close and min(before) > 1
@@ -752,11 +754,12 @@ def results(evidence: Evidence, output_dir: str = "outputs") -> str:
     figure = (f"![{shows}]({output_dir}/results.png)\n\n*AlexNet on CIFAR-10, batches of 256 (small) to 4,096 "
               "(large): test error, mean of the last five epochs (right: four), over the number of updates, on a "
               "logarithmic scale; means of all n runs, bars from the lowest to the highest; red: what the paper did "
-              "not run. The differences below are of the seeds that two arms share.*")
+              "not run (*scaled rate*: the largest batch with sixteen times the small batch's learning rate). The "
+              "differences below are of the seeds that two arms share.*")
     terms = ("An *update* is one step of the optimizer, a *pair* two runs from the same seed, a *point* a percentage "
              "point of test error; the *decay* is what the learning rate is multiplied by at a milestone. In brackets: "
-             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread of the network's runs "
-             "on like data.")
+             "90 % intervals, *paired* by the differences seed by seed, *pooled* by the spread over the seeds of the "
+             "network's runs (on both CIFAR sets together, or on digits).")
     there = [c for c in comparisons(evidence) if compare(evidence, c).pairs > 1]
     said = answers(evidence, output_dir)
     if "decided early" in said: terms += (" *Decided early*: with fewer than four pairs, because the difference is far "
