@@ -323,7 +323,8 @@ def plot_forest(evidence: Evidence, published: dict):
     return fig
 
 # %% ../nbs/13_report.ipynb #8fedb05a
-_LABELS = {"stopped early": "small batch, 39 epochs", "constant batch": "640 throughout",
+_LABELS = {"39 epochs": "small batch, 39 epochs", "39 epochs, late decay": "small batch, 39 epochs, late decay",
+            "constant batch": "640 throughout",
            "decay without growth": "small batch, decay 0.75", "growth with full decay": "AdaBatch, decay 0.375"}
 
 def frontier(evidence: Evidence, c: Comparison) -> dict[str, Key]:
@@ -596,7 +597,7 @@ def _digits(evidence, verdicts, output_dir):
 
 def _stopped_early(evidence):
     "As many updates as AdaBatch's, by ending the training of the small batch sooner."
-    key, v = control_key("stopped early"), compare_control(evidence, "stopped early")
+    key, v = control_key("39 epochs"), compare_control(evidence, "39 epochs")
     if not all(v.runs): return None
     ends = evidence.endpoints(key).values()
     text = ("**Training the small batch for only 39 epochs, its milestones earlier in proportion, is worse**: it makes "
