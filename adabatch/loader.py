@@ -130,10 +130,13 @@ def _updates_of(segments, epoch):
     return range(start, start + first.updates + sum(s.updates for s in others))
 
 def _checked_order(plan, epoch):
-    "The order of an epoch, as a tensor. ValueError if samples are missing, as batches would be too short."
-    order = torch.as_tensor(plan.order(epoch))
-    if len(order) >= plan.samples: return order
-    raise WrongValue(f"plan.order({epoch}) has {len(order):,} of {plan.samples:,} samples: give the plan that many")
+    "The order of an epoch, as a tensor. ValueError if samples are missing, or if the first asked for comes out anew."
+    order = torch.as_tensor(plan.order(epoch)).clone()  # it may be a buffer that is shuffled in place
+    if len(order) < plan.samples:
+        raise WrongValue(f"plan.order({epoch}) has {len(order):,} of {plan.samples:,} samples: give the plan that many")
+    if plan._order[0] is None and not torch.equal(order, torch.as_tensor(plan.order(epoch))):
+        raise WrongValue(f"plan.order({epoch}) differs each time it is asked: draw it from seed and epoch alone")
+    return order
 
 def _indices(plan: "Plan", update: int) -> list[int]:
     "This process's samples of an update; one sample where its shard is empty."
@@ -157,11 +160,13 @@ class _Progress:
     def __init__(self, updates):
         self.updates, self.warned = updates, set()
         self.drawing = self.counting = self.stepping = False
+        self.done = self.rewound = 0  # how often it was set back
         self.begin(0)
 
     def begin(self, update):
         "Go on after `update` updates."
-        self.done = whole_number("start", update, least=0, most=self.updates)
+        before, self.done = self.done, whole_number("start", update, least=0, most=self.updates)
+        self.rewound += self.done < before
         self.first = self.latest = self.drawn = self.done  # where a pass begins; batches drawn, of late and at most
         self.passing = False  # over all that is left, not an epoch
         self.idle = 0  # passes, one after the other, of which nothing was counted
@@ -260,11 +265,12 @@ class _PlannedLR(torch.optim.lr_scheduler.LambdaLR):
 
     def state_dict(self):
         own = {name: value for name, value in super().state_dict().items() if name != "_plan"}
-        return own | _growth(self._plan)
+        plans = _state(self._plan, min(self.last_epoch, self._plan.updates))
+        return own | {name: value for name, value in plans.items() if name != "update"}
 
     def load_state_dict(self, state):
-        _unroll(self._plan, state.get("grown", []))
-        super().load_state_dict({name: value for name, value in state.items() if name != "grown"})
+        _take_over(self._plan, state, min(state["last_epoch"], self._plan.updates))
+        super().load_state_dict({name: value for name, value in state.items() if name not in ("grown", *_TELLING)})
         self.look_up()  # an optimizer that was loaded before has the rate of the first update again
 
 def _lr_scheduler(plan: "Plan", optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
@@ -295,11 +301,17 @@ def _end(plan):
 
 class _Pass:
     "One pass over the batches of a plan. torchdata's StatefulDataLoader keeps its state with each batch."
-    def __init__(self, plan): self.plan, self.update, self.end = plan, plan._progress.first, _end(plan)
+    def __init__(self, plan):
+        self.plan, self.update, self.end = plan, plan._progress.first, _end(plan)
+        self.rewound = plan._progress.rewound
     def __iter__(self): return self
     def __next__(self):
         if self.update == self.end: raise StopIteration
-        self.plan._progress.draw(self.update)
+        progress = self.plan._progress
+        if progress.rewound != self.rewound:
+            progress.warn("start", f"plan.start was set back to {progress.done}, but this pass goes on with update "
+                          f"{self.update}: leave the loop, and iterate the loader again")
+        progress.draw(self.update)
         self.update += 1
         return self.plan.indices(self.update - 1)
 
@@ -360,17 +372,22 @@ def _load_state_dict(plan: "Plan", state: dict):
     batches by then."""
     if not isinstance(state, dict) or "update" not in state:
         raise WrongValue(f"the state of a plan is {{'update': <number>}}, not {shown(state)}")
-    before, done = plan._grown, plan._progress.done
+    _take_over(plan, state, state["update"])
+    plan.start = state["update"]
+
+_TELLING = "samples", "seed", "place"  # a plan from others, in a state
+
+def _take_over(plan, state, update):
+    "Grow as a state says that was taken after `update`. ValueError if it is of a plan that had made other batches."
+    before = plan._grown
     try:
         _unroll(plan, state.get("grown") or [])
-        plan.start = state["update"]
-        now = _state(plan, plan._progress.done)
-        if differ := [n for n in ("samples", "seed", "place") if state.get(n, now[n]) != now[n]]:
+        now = _state(plan, whole_number("start", update, least=0, most=plan.updates))
+        if differ := [name for name in _TELLING if state.get(name, now[name]) != now[name]]:
             raise WrongValue(f"the state is of another plan ({', '.join(differ)}): use the schedule, the data and the "
                              "seed that it was made with, or set plan.start")
     except (ValueError, TypeError):
         _unroll(plan, before)
-        plan.start = done
         raise
 
 def _unroll(plan, grown):
@@ -432,19 +449,17 @@ def _check_size(plan, batch):
     "Warn if a micro-batch, all of whose tensors are as long, has nowhere the size that it should have."
     lengths = set()
     if plan.micro_batch not in _sizes(batch, lengths) and len(lengths) == 1:
-        plan._progress.warn("size", f"the stream's first micro-batch has {lengths.pop()} samples, but the plan's "
+        plan._progress.warn("size", f"a micro-batch of the stream has {lengths.pop()} samples, but the plan's "
                             f"micro_batch is {plan.micro_batch}")
 
 def _parts(plan, stream):
-    checked = False
     for update in map(plan.at, range(plan._progress.first, _end(plan))):
         for k in range(1, update.micro_batches + 1):
             try: batch = next(stream)
             except StopIteration:
                 message = f"the stream has ended after {update.index} of the {plan.updates} planned updates"
                 return plan._progress.warn("stream", message, 3)
-            if not checked: _check_size(plan, batch)
-            checked = True
+            _check_size(plan, batch)
             plan._progress.draw(update.index)
             yield Part(update, 1 / update.micro_batches, k == update.micro_batches), batch
 

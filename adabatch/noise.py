@@ -184,11 +184,16 @@ class NoiseScale:
 
     def exchanged(self, samples: int):  # in the shard of each process, the same in all
         """Call after the backward pass that exchanges the gradients of an update, on all processes. A single one says
-        nothing. ValueError without `watch`."""
+        nothing. ValueError without `watch`, or for shards of different sizes."""
         if not isinstance(self._squares, torch.Tensor): raise WrongValue("no gradients seen: call watch(ddp) first")
         if _processes() < 2: return
-        dist.all_reduce(self._squares)
-        pieces, squares, self._squares = dist.get_world_size(), self._squares, 0.0
+        pieces = dist.get_world_size()
+        totals = self._squares.new_tensor([0, samples, samples**2], dtype=torch.float64)
+        totals[0] = self._squares
+        dist.all_reduce(totals)
+        squares, self._squares = totals[0], 0.0
+        if pieces * totals[2] != totals[1]**2:
+            raise WrongValue("the shards of an update differ in size: `measure` can say its noise, `exchanged` cannot")
         whole = self._gradient().square().sum()
         self.append(torch.stack(moments(squares / pieces, whole, samples, pieces)))
 

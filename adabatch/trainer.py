@@ -296,18 +296,20 @@ def settle_buckets(step: Step, x: torch.Tensor, y: torch.Tensor):
     with eval_mode(step.net): step.forward_eager(step.net, x, y)[0].backward()  # running statistics stay as they are
     step.optimizer.zero_grad()
 
-def check_loss(step: Step, x: torch.Tensor, y: torch.Tensor):
-    """TypeError, ValueError unless the loss can be differentiated, and both it and the metric are sums, as far as this
+def check_loss(step: Step, x: torch.Tensor, y: torch.Tensor, others: dict[str, Callable]):
+    """TypeError, ValueError unless the loss can be differentiated, and it and all metrics are sums, as far as this
     batch tells: a metric of 0 may be either. Leaves no trace."""
-    if step.loss is cross_entropy and step.metric in (percent_wrong, percent_outside_top5): return
+    ours = percent_wrong, percent_outside_top5
+    if step.loss is cross_entropy and all(metric in ours for metric in (step.metric, *others.values())): return
     devices = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices), eval_mode(step.model):
         loss = step.forward_eager(step.model, x[:1], y[:1])[0]
         if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.requires_grad:
             raise WrongType(f"the loss must be one number, as a tensor to differentiate, not {shown(loss)}")
         with torch.no_grad():
-            once, twice = (step.forward_eager(step.model, torch.cat([x] * n), torch.cat([y] * n)) for n in (1, 2))
-    for name, one, two in zip(("loss", "metric"), once, twice):
+            once, twice = (step.forward_eager(step.model, torch.cat([x] * n), torch.cat([y] * n), *others.values())
+                           for n in (1, 2))
+    for name, one, two in zip(("loss", "metric", *others), once, twice):
         if abs(two - one) < abs(two - 2 * one):  # a mean over two copies of a batch is that over one
             raise WrongValue(f"the {name} must be summed over the samples (reduction='sum'): two copies of a batch "
                              "must give twice as much")
@@ -458,11 +460,16 @@ class MicroBatch:
         return [(update.batch[0], update.batch[0] + 1)], 0.0
 
 # %% ../nbs/07_trainer.ipynb #6f77a4a4
-def _check_parts(model, optimizer, precision, micro_batch):
+_ROW = ("lr", "batch_size", "updates", "samples", "left_out", "processes", "micro_batch", "train_loss", "train_error",
+        "test_loss", "test_error", "noise_scale", "noise_low", "noise_high")  # what a row has without `test_metrics`
+
+def _check_parts(model, optimizer, precision, micro_batch, test_metrics):
     "One-line TypeError or ValueError for parts that would train nothing, or something else than planned."
     if precision not in PRECISIONS:
         raise WrongValue(f"unknown precision {precision!r:.60}: choose from {', '.join(PRECISIONS)}")
     if micro_batch is not None: whole_number("micro_batch", micro_batch)
+    if taken := [name for name in test_metrics if name in _ROW or name.endswith(("_seconds", "_slowest"))]:
+        raise WrongValue(f"the history has its own {taken[0]}: give that one of test_metrics another name")
     if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, torch.optim.LBFGS):
         raise WrongType(f"optimizer must be one of torch.optim other than LBFGS, not {type(optimizer).__name__}")
     if any(p.is_meta or torch.nn.parameter.is_lazy(p) for p in model.parameters()):
@@ -470,6 +477,9 @@ def _check_parts(model, optimizer, precision, micro_batch):
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(p.requires_grad and id(p) in optimized for p in model.parameters()):
         raise WrongValue("the optimizer has none of the model's parameters: build it with model.parameters()")
+    if optimized - {id(p) for p in model.parameters()}:
+        raise WrongValue("the optimizer has parameters that are not the model's, which no checkpoint would hold and no "
+                         "other process would see: make them part of the model")
     if len({float(group["lr"]) for group in optimizer.param_groups}) > 1:
         raise WrongValue("the Trainer sets one learning rate for all parameter groups: to keep their ratios, write the "
                          "loop with a Plan and its lr_scheduler")
@@ -493,7 +503,7 @@ class EpochLoop:
         noise_every: int | None = None,  # updates from one measurement of the noise scale to the next; None: never
         grow: Callable[[Schedule, list[dict]], Schedule] | None = None,  # (planned, rows of finished epochs) -> grown
     ):
-        _check_parts(model, optimizer, precision, micro_batch)
+        _check_parts(model, optimizer, precision, micro_batch, test_metrics or {})
         if not dist.is_initialized() and launch_variable("WORLD_SIZE", 1) > 1:
             raise WrongValue("several processes were started, and no process group joins them: make the Trainer within "
                              "adabatch.device.process_group(device)")
@@ -508,11 +518,16 @@ class EpochLoop:
         self.world, self.clock = self.step.world, PhaseClock(data.device)
         self.planned, self.grow, self.noise_every = schedule, grow, noise_every
         self.plan = Plan(schedule, data.train_size, seed, drop_last, self.world.rank, self.world.size)
+        told = self.world.gather([self.seed % 2**32, self.seed >> 32, data.train_size, self.plan.updates])
+        if (told != told[0]).any():
+            raise WrongValue("the processes have different seeds, data or schedules: give all of them the same; each "
+                             "takes its own part of every batch")
         if grow and noise_every and (measured := -(-self.plan.updates // noise_every)) < FEWEST:
             raise WrongValue(f"noise_every of {noise_every} measures {measured} of {self.plan.updates} updates, and an "
                              f"estimate takes {FEWEST}: measure more often")
         self.micro_batch = MicroBatch(self.step, micro_batch, data)
         self.state, self.noise = State(EpochSums(data.device)), NoiseScale(self.model)
+        self.trained = self._trained()
         if self.world.size > 1: settle_buckets(self.step, *self.micro_batch.sample(1))
 
     @property
@@ -524,6 +539,13 @@ class EpochLoop:
         return bool(self.history) and not math.isfinite(self.history[-1]["train_loss"])
 
     def _loss(self, x, y): return self.step.forward_eager(self.model, x, y)[0]
+
+    def _trained(self): return [p.requires_grad for p in self.model.parameters()]
+
+    def _check_trained(self):
+        "ValueError, on all ranks, if other parameters are trained than those whose gradients are exchanged."
+        if self.world.size > 1 and self.world.maximum([self._trained() != self.trained])[0]:
+            raise WrongValue("parameters were frozen or unfrozen: with several processes, make a new Trainer for that")
 
     def replan(self, rows: list[dict]) -> bool:
         "Grow as decided from the finished epochs' rows. Did the plan change?"
@@ -545,6 +567,7 @@ class EpochLoop:
     def train_epoch(self, after_update: Callable):
         "Make the remaining updates of the current epoch. `after_update(updates)` is called after each."
         state, updates = self.state, self.plan.updates_of(self.state.epoch)
+        self._check_trained()
         self.noise.window = max(FEWEST, len(updates) // (self.noise_every or 1))
         self.clock.start()
         left = [self.plan.at(number) for number in updates[state.update:]]
@@ -568,6 +591,7 @@ class EpochLoop:
             after_update(len(updates))
             self.clock.mark(None)
         state.sums.add_seconds(self.clock.read())
+        self._check_trained()
 
 # %% ../nbs/07_trainer.ipynb #3efe7f4c
 def prepare(loop: EpochLoop):
@@ -576,7 +600,7 @@ def prepare(loop: EpochLoop):
     if not torch.is_grad_enabled(): raise WrongValue("training needs gradients: call fit outside of torch.no_grad()")
     loop.step.zero_grad()  # of a backward pass before, or a training that was interrupted within an update
     few = min(n for n in (64, loop.micro_batch.asked, loop.data.test_size) if n)
-    check_loss(loop.step, *next(iter(loop.data.test_batches([(0, few)]))))
+    check_loss(loop.step, *next(iter(loop.data.test_batches([(0, few)]))), loop.test_metrics)
     if not loop.model.training: loop.model.train()  # as in an update
     sizes = set()  # of all micro-batches: those of a full batch, and of an epoch's last one
     for segment in loop.plan.segments:
@@ -643,6 +667,10 @@ def _restore(loop, saved):
     loop.noise.load_state_dict(saved["noise"])
     if saved["plan"] != _updates(loop):
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
+    name = type(loop.optimizer).__name__
+    if (before := saved.get("optimizer_class", name)) != name:  # older ones lack it
+        raise WrongValue(f"the checkpoint is of another model or optimizer ({before}, not {name}): delete it or use a "
+                         "new path")
     _check_options(loop.optimizer.state_dict(), saved["optimizer"])
     try:
         loop.model.load_state_dict(saved["model"])
@@ -709,5 +737,5 @@ class Trainer(EpochLoop):
 
     def _save(self, saver):
         parts = dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
-                     noise=self.noise.state_dict())
+                     optimizer_class=type(self.optimizer).__name__, noise=self.noise.state_dict())
         saver.save(parts | self.state.dump(self.world) | dict(samples=self.plan.samples, plan=_updates(self)))

@@ -17,7 +17,7 @@ from adabatch.models import get_model
 from adabatch.noise import NoiseScale
 from adabatch.schedule import Schedule, Stage, adabatch
 from adabatch.train import evaluate_weights, main, run
-from adabatch.trainer import Trainer
+from adabatch.trainer import Trainer, percent_wrong
 
 HUGE = 10**400
 NO_NUMBER = [math.nan, math.inf, -math.inf]
@@ -184,6 +184,8 @@ def trainer(network=None, optimizer=None, **settings):
     optimizer = optimizer or torch.optim.SGD(network.parameters(), lr=0.1)
     return Trainer(network, optimizer, load_data("digits"), adabatch(16, 32, 0.1, epochs=2, every=1), **settings)
 
+def mean_wrong(output, targets): return (output.argmax(1) != targets).float().mean()
+
 def groups():
     network = model()
     one, two = network.parameters()
@@ -204,6 +206,13 @@ PARTS = {
         lambda: trainer(optimizer=plain_sgd()), "the optimizer has none of the model's parameters"),
     "an optimizer that is a class": (lambda: trainer(optimizer=torch.optim.SGD), "must be one of torch.optim"),
     "groups of different rates": (groups, "one learning rate for all parameter groups"),
+    "an optimizer with parameters of its own": (
+        lambda: trainer(net := model(), torch.optim.SGD([*net.parameters(), torch.nn.Parameter(torch.zeros(1))], 0.1)),
+        "parameters that are not the model's"),
+    "a test metric with a name that is taken": (
+        lambda: trainer(test_metrics={"test_error": percent_wrong}), "the history has its own test_error"),
+    "a test metric that is a mean": (lambda: trainer(test_metrics={"wrong": mean_wrong}).fit(),
+                                     "the wrong must be summed over the samples"),
     "images of floats": (lambda: images(torch.float32), "images must be uint8 (N, C, H, W) and labels int64"),
     "labels of floats": (lambda: images(torch.uint8, torch.float32), "labels int64 (N,)"),
     "fewer labels than images": (lambda: images(torch.uint8, count=3), "at least one of each"),

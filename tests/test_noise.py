@@ -51,6 +51,8 @@ def watched(folder):
             scale.exchanged(32)
             assert torch.equal(plain.module.weight.grad, model.module.weight.grad)
             for net in (plain, model): net.zero_grad()
+        half_squared_error(model, *regression(generator, 32)).backward()
+        with pytest.raises(ValueError, match="the shards of an update differ in size"): scale.exchanged(32 + rank)
         halves = NoiseScale(linear(), window=100)
         for _ in range(100): halves.measure(partial(half_squared_error, halves.model), *regression(generator, 32))
         for found in scale.estimate(), halves.estimate(): assert found.low < TRUTH < found.high

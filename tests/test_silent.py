@@ -348,6 +348,34 @@ class Short(Plan):
 def test_an_order_without_some_of_the_samples():
     with pytest.raises(ValueError, match="has 90 of 100 samples"): list(Short(SCHEDULE, 100))
 
+class Anew(Plan):
+    def order(self, epoch): return torch.randperm(self.samples)
+
+class Shuffled(Plan):
+    kept = torch.arange(100)
+    def order(self, epoch):
+        self.kept[:] = self.kept[torch.randperm(100)]
+        return self.kept
+
+@pytest.mark.parametrize("kind", [Anew, Shuffled])
+def test_an_order_that_differs_each_time(kind):
+    with pytest.raises(ValueError, match=r"order\(0\) differs each time"): list(kind(SCHEDULE, 100))
+
+@pytest.mark.parametrize("rolled_back", [
+    lambda plan, state: setattr(plan, "start", 5), lambda plan, state: plan.load_state_dict(state)])
+def test_a_pass_does_not_go_back(rolled_back):
+    plan, loader, optimizer, scheduler = parts()
+    def train():
+        for _ in loader:
+            step(optimizer, scheduler)
+            if plan.start == 5: saved = plan.state_dict()
+            if plan.start == 11: break
+        for _ in loader:
+            step(optimizer, scheduler)
+            if plan.start == 13: rolled_back(plan, saved)
+            if plan.start == 6: return
+    warned(train, "plan.start was set back to 5, but this pass goes on with update", here=False)
+
 def test_a_stream_of_other_micro_batches():
     plan, dataset = Plan(SCHEDULE, 100, micro_batch=4, drop_last=True), TensorDataset(torch.arange(100))
     for loader, line in ((DataLoader(dataset, batch_size=8), "batch_size is 8, but the plan's micro_batch 4"),
@@ -355,7 +383,13 @@ def test_a_stream_of_other_micro_batches():
         with pytest.raises(ValueError, match=line): plan.accumulate(loader)
     for loader in (DataLoader(dataset, batch_size=4), DataLoader(dataset, batch_size=None)): plan.accumulate(loader)
     prefetched = ({"x": x, "name": "n"} for x, in DataLoader(dataset, batch_size=8))
-    warned(lambda: next(plan.accumulate(prefetched)), "first micro-batch has 8 samples, but the plan's micro_batch is")
+    warned(lambda: next(plan.accumulate(prefetched)), "a micro-batch of the stream has 8 samples, but the plan's micro_batch is")
+
+def test_a_short_micro_batch_among_whole_ones():
+    plan = Plan(fixed(16, 0.1, epochs=1), 100, micro_batch=4)
+    stream = (x for _ in range(9) for x, in DataLoader(TensorDataset(torch.arange(10)), batch_size=4))
+    warned(lambda: list(itertools.islice(plan.accumulate(stream), 6)), "has 2 samples, but the plan's micro_batch is 4",
+           here=False)
 
 def test_a_stream_that_begins_anew():
     plan, loader = Plan(fixed(8, 0.1, epochs=1), 64, micro_batch=4), DataLoader(TensorDataset(torch.arange(99)), 4)
@@ -433,6 +467,19 @@ def test_a_scheduler_that_is_loaded_after_its_optimizer():
     optimizer.load_state_dict(before.state_dict())
     plan.lr_scheduler(optimizer).load_state_dict(saved.state_dict())
     assert optimizer.param_groups[0]["lr"] == before.param_groups[0]["lr"] == plan.lr(20) < 0.1
+
+def test_a_schedulers_state_of_another_plan():
+    _, _, optimizer, scheduler = parts()
+    for _ in range(14): step(optimizer, scheduler)
+    state = scheduler.state_dict()
+    older = {name: value for name, value in state.items() if name not in ("samples", "seed", "place")}
+    for samples, seed, line in ((130, 0, "(samples, place)"), (100, 5, "(seed)")):
+        plan = Plan(SCHEDULE, samples, seed)
+        resumed = plan.lr_scheduler(sgd())
+        with pytest.raises(ValueError, match="the state is of another plan") as caught: resumed.load_state_dict(state)
+        assert line in str(caught.value) and resumed.last_epoch == 0
+        resumed.load_state_dict(older)
+        assert resumed.last_epoch == 14
 
 def test_epochs_of_a_stateful_loader():
     plan, _, optimizer, scheduler = parts()
@@ -538,6 +585,21 @@ def test_processes_that_no_group_joins(monkeypatch):
     with pytest.raises(ValueError, match="make the Trainer within adabatch.device.process_group"):
         Trainer(model, sgd(model=model), load_data("digits"), SCHEDULE)
 
+def trained_apart(case):
+    listen("error")
+    with process_group("cpu"):
+        rank, model = torch.distributed.get_rank(), small()
+        def make(**settings): return Trainer(model, sgd(model=model), load_data("digits"), SCHEDULE, **settings)
+        def unfreeze(*_): model[0].requires_grad_(True)
+        if case == "seeds": call, line = lambda: make(seed=rank), "the processes have different seeds"
+        else:
+            model[0].requires_grad_(False)
+            call, line = lambda: make().fit(**{case: unfreeze}), "were frozen or unfrozen"
+        with pytest.raises(ValueError, match=line): call()
+
+@pytest.mark.parametrize("case", ["seeds", "on_epoch", "on_update"])
+def test_processes_that_would_train_apart(case): together(2, trained_apart, case)
+
 # 8. an optimizer with another rate
 
 def test_an_optimizer_with_another_base_rate():
@@ -568,6 +630,16 @@ def test_a_checkpoint_of_another_version(tmp_path):
     for name in ("identity", "epoch_sums", "restarts", "division", "rows"):
         files.save_checkpoint(path, {n: v for n, v in saved.items() if n != name})
         assert "another version" in error_of(lambda: trainer().fit(path, {"lr": 0.1}), ValueError)
+
+def test_a_checkpoint_of_another_optimizer(tmp_path):
+    def fit(kind, epochs):
+        model = small()
+        Trainer(model, kind(model.parameters(), lr=0.1), load_data("digits"), fixed(256, 0.1, epochs=epochs)).fit(path)
+    path = tmp_path / "run.pt"
+    fit(torch.optim.SGD, 1)
+    for kind in (torch.optim.Adam, torch.optim.RMSprop):
+        with pytest.raises(ValueError, match=rf"another model or optimizer \(SGD, not {kind.__name__}\)"): fit(kind, 1)
+    fit(torch.optim.SGD, 1)
 
 def test_parts_that_no_training_can_use():
     lazy = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))

@@ -277,6 +277,10 @@ def test_phases_are_parts_of_the_epoch():
         assert 0 < phases <= row["train_seconds"] and all(row[f"{p}_seconds"] > 0 for p in engine.PHASES)
         assert row["forward_seconds_slowest"] == row["forward_seconds"]  # one process
 
+def test_names_of_a_row_are_taken():
+    row = trainer(GROWING, noise_every=1).fit()[0]
+    assert {name for name in row if not name.endswith(("_seconds", "_slowest"))} == {*engine._ROW}
+
 def test_precisions_run():
     bf16, fp32 = (trainer(GROWING, precision=p).fit()[-1]["train_loss"] for p in ("bf16", "fp32"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.1)
