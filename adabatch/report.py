@@ -236,10 +236,10 @@ def not_run(evidence: Evidence, grid: str, seeds: int, suffix: str = "") -> str:
     for (dataset, model), left in groups.items():
         cost = seconds_per_sample(evidence, dataset, model, suffix)
         samples = sum(run.schedule.epochs * training_samples(run.experiment) for run in left)
-        minutes = f"{samples * cost[0] / 60:,.0f} ({cost[1]})" if cost else "unknown: no record of this network"
+        hours = f"{samples * cost[0] / 3600:,.1f} ({cost[1]})" if cost else "unknown: no record of this network"
         command = f"`python -m adabatch.sweep --grid {grid} --dataset {dataset} --model {model} --seeds {seeds}{mode}`"
-        rows.append((dataset, model, len(left), command, minutes))
-    head = ["data", "network", "runs missing", "command", "about so many minutes"]
+        rows.append((dataset, model, len(left), command, hours))
+    head = ["data", "network", "runs missing", "command", "about so many hours"]
     return markdown(head, rows)
 
 # %% ../nbs/13_report.ipynb #b5b4b4a7

@@ -18,13 +18,13 @@ def test_tables_show_what_is_missing_and_where_a_number_is_from(tmp_path):
     assert "| 5.00 ± 1.41 (n=2) |" in table and "[1](../digits/alexnet/fixed-16-seed1.npz)" in table
     assert "fixed-256" not in table
 
-def test_minutes_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
+def test_hours_come_from_records_of_the_same_network_or_are_unknown(tmp_path):
     make(tmp_path, row=dict(samples=100, train_seconds=8.0, test_seconds=2.0))  # a tenth of a second a sample
     table = report.not_run(collect(tmp_path), "digits", 1)
     lines = {line.split(" | ")[1]: line for line in table.splitlines()[2:]}
     command = "python -m adabatch.sweep --grid digits --dataset digits --model alexnet --seeds 1"
     assert f"| 3 | `{command}` |" in lines["alexnet"]
-    assert f"| {3 * 10 * 1437 / 600:.0f} (none, from records of digits) |" in lines["alexnet"]
+    assert f"| {3 * 10 * 1437 / 36_000:.1f} (none, from records of digits) |" in lines["alexnet"]
     assert "| 4 |" in lines["vgg19bn"] and "unknown" in lines["vgg19bn"]
 
 def test_the_first_table_has_a_row_for_each_comparison(tmp_path):
