@@ -572,8 +572,8 @@ def _fifth(evidence):
     fewer, more = (_updates(evidence, c.key(role)) for role in ("adaptive", "small"))
     ends = [_mean(evidence, key) for key in (c.key("small"), milder)]
     text = ("**Over 20 epochs, too, AlexNet ends within one point of the small batch, but the baseline is weak** "
-            f"(CIFAR-10): {_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. With a milder decay the small "
-            f"batch ends at {ends[1]:.1f} % instead of {ends[0]:.1f} %.")
+            f"(CIFAR-10): {_difference(v)}, {v.n}, {fewer:,} updates instead of {more:,}. With a milder decay the "
+            f"small batch ends at {ends[1]:.1f} % instead of {ends[0]:.1f} %.")
     detail = f"The errors are {_errors(evidence, c)}. {_loss(evidence, c)}"
     return Finding(text, v.word == "holds" and ends[1] < ends[0] - 1, detail)
 
@@ -586,7 +586,8 @@ def _again(evidence, c, output_dir, measure, digits):
     if len(seeds) < 2: return None
     first = np.mean([ends[0][seed] - ends[1][seed] for seed in seeds])
     now = [np.subtract(*(np.mean(made[f"{arm}-seed{seed}"][measure][-2:]) for arm in arms)) for seed in seeds]
-    return f"{np.mean(now):+.{digits}f} (paired {_interval(paired_interval(now), digits)})", f"{first:+.{digits}f}", len(seeds)
+    paired = _interval(paired_interval(now), digits)
+    return f"{np.mean(now):+.{digits}f} (paired {paired})", f"{first:+.{digits}f}", len(seeds)
 
 def _digits(evidence, verdicts, output_dir):
     "Three networks on digits."
@@ -617,9 +618,9 @@ def _fewer_updates(evidence):
     if not all(stopped.runs + short.runs): return None
     ends = [np.mean([endpoint(r) for r in control_runs(evidence, name).values()]) for name in names]
     text = (f"**In as many updates as AdaBatch makes, the small batch ends higher** (CIFAR-10, "
-            f"{_updates(evidence, control_key(names[1])):,} updates): at {ends[0]:.1f} % where its training of 100 epochs "
-            f"stops after 39, {_difference(stopped)}, {_of(stopped)}; at {ends[1]:.1f} % where its milestones are moved "
-            f"up in proportion, {_difference(short)}, {_of(short)}.")
+            f"{_updates(evidence, control_key(names[1])):,} updates): at {ends[0]:.1f} % where its training of 100 "
+            f"epochs stops after 39, {_difference(stopped)}, {_of(stopped)}; at {ends[1]:.1f} % where its milestones "
+            f"are moved up in proportion, {_difference(short)}, {_of(short)}.")
     return Finding(text, stopped.word == short.word == "holds")
 
 def _constant_batch(evidence):
@@ -633,8 +634,8 @@ def _constant_batch(evidence):
     text = ("**A constant batch of 640, with about as many updates, ends within one point of AdaBatch over 100 epochs "
             f"of CIFAR-10; which is better is not decided**: {_difference(whole)}, {whole.n}. Over 20 epochs it ends "
             f"above AdaBatch, {_difference(fifth)}, {fifth.n}; but in the mean of the first four epochs, "
-            f"before AdaBatch's batch had grown, it was {min(before):.1f} to {max(before):.1f} points above, so its start "
-            "may explain that. Its learning rate was scaled linearly, not tuned.")
+            f"before AdaBatch's batch had grown, it was {min(before):.1f} to {max(before):.1f} points above, so its "
+            "start may explain that. Its learning rate was scaled linearly, not tuned.")
     detail = f"Over 20 epochs it makes {updates[0]:,} updates for AdaBatch's {updates[2]:,}, over 100 {updates[1]:,}."
     close = whole.pairs >= 4 and all(i and -1 < i[0] and i[1] < 1 for i in (whole.pooled, whole.paired))
     fits = fifth.word == "holds" and whole.word == "not decided" and close and min(before) > 1
