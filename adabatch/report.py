@@ -348,50 +348,51 @@ def _name(ax, points, side, lines):
         ax.annotate(text, (x, y), (x, height), textcoords=beside, ha=align, va="center", color=color, fontsize=9,
                     arrowprops=line, in_layout=False)
 
+def _means(evidence, c):
+    "Mean, errors, updates and name of each arm, the lowest mean first; without runs that diverged."
+    for name, runs in frontier(evidence, c).items():
+        errors = [error for error in map(endpoint, runs) if np.isfinite(error)]
+        if errors: yield float(np.mean(errors)), errors, int(runs[0].updates.sum()), name
+
 def _draw_frontier(ax, evidence, c):
     "Test error against updates, a labelled point an arm; what lies far above is named at the upper edge."
-    arms = [(list(map(endpoint, runs)), int(runs[0].updates.sum()), name)
-            for name, runs in frontier(evidence, c).items()]
-    arms.sort(key=lambda arm: np.mean(arm[0]))
-    least, most = np.mean(arms[0][0]), max(updates for _, updates, _ in arms)
-    highest = max(mean for errors, *_ in arms if (mean := np.mean(errors)) < least + 14)
-    room = highest - least
-    ax.set(xscale="log", ylim=(least - 0.1 * room - 1, highest + 0.3 * room + 1), xlabel="updates",
-           xlim=(0.6 * min(updates for _, updates, _ in arms), 2.6 * most),
-           title=f"{c.model} on {c.dataset}, {evidence[c.key('adaptive')][0].epochs} epochs")
+    arms = sorted(_means(evidence, c))
+    least, most = arms[0][0], max(updates for *_, updates, _ in arms)
+    highest = max(mean for mean, *_ in arms if mean < least + 14)
+    room, fewest = highest - least, min(updates for *_, updates, _ in arms)
+    ax.set(xscale="log", xlim=(0.6 * fewest, 2.6 * most), ylim=(least - 0.1 * room - 1, highest + 0.3 * room + 1),
+           xlabel="updates", title=f"{c.model} on {c.dataset}, {evidence[c.key('adaptive')][0].epochs} epochs")
     edge, places = 0.95, {"left": [], "right": []}
-    for errors, updates, name in arms:
-        color, mean = {"AdaBatch": "C0", "small batch": "C1", "large batch": "C2"}.get(name, "C3"), np.mean(errors)
+    for mean, errors, updates, name in arms:
+        color = {"AdaBatch": "C0", "small batch": "C1", "large batch": "C2"}.get(name, "C3")
         text = f"{mean:.1f} % (n={len(errors)})"
         if mean > highest:
+            at = dict(xycoords=ax.get_xaxis_transform(), textcoords="offset points", va="center", fontsize=9)
             ax.plot(updates, edge, "^", color=color, transform=ax.get_xaxis_transform())
-            ax.annotate(f"{name}: {text}, off the scale", (updates, edge), (9, 0), color=color, va="center",
-                        fontsize=9, xycoords=ax.get_xaxis_transform(), textcoords="offset points")
+            ax.annotate(f"{name}: {text}, off the scale", (updates, edge), (9, 0), color=color, **at)
             edge -= 0.07
             continue
         ax.plot((updates, updates), (min(errors), max(errors)), color=color, lw=2)
         ax.plot(updates, mean, "o", color=color)
         side = "right" if updates == most else "left"
-        name = f"{name}: {text}" if side == "left" else f"{name}:\n{text}".replace(", ", ",\n")
-        places[side].append((updates, mean, name, color))
+        label = f"{name}: {text}" if side == "left" else f"{name}:\n{text}".replace(", ", ",\n")
+        places[side].append((updates, mean, label, color))
     for side, points in places.items(): _name(ax, points, side, 1 if side == "left" else 3)
-    ticks = [t for t in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if ax.get_xlim()[0] <= t <= most * 1.1]
+    ticks = [t for t in (200, 500, 1000, 2000, 5000, 10_000, 20_000) if 0.6 * fewest <= t <= 1.1 * most]
     ax.set_xticks(ticks, [f"{t:,}" for t in ticks])
     ax.minorticks_off()
     ax.spines[["top", "right"]].set_visible(False)
 
-def _row_of_panels(count, width, height):
+def _row_of_panels(count, width, height, **settings):
     size = max(7, width * count), height
-    fig, axes = pyplot().subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    fig, axes = pyplot().subplots(1, count, figsize=size, layout="constrained", squeeze=False, **settings)
     return fig, axes[0]
 
 def plot_frontier(evidence: Evidence):
     "A panel for each comparison that has controls. Returns the matplotlib figure; None without them."
-    there = [c for c in (PAPER, FIFTH) if c in comparisons(evidence)]
+    there = [c for c in (PAPER, FIFTH) if c in comparisons(evidence) and any(_means(evidence, c))]
     if not there: return None
-    size = dict(figsize=(max(7, 6 * len(there)), 4.2), width_ratios=(5, 4)[:len(there)])
-    fig, axes = pyplot().subplots(1, len(there), layout="constrained", squeeze=False, **size)
-    axes = axes[0]
+    fig, axes = _row_of_panels(len(there), 6, 4.2, width_ratios=(5, 4)[:len(there)])
     for ax, c in zip(axes, there): _draw_frontier(ax, evidence, c)
     axes[0].set_ylabel("test error (%) of the last epochs")
     return fig

@@ -90,16 +90,21 @@ def test_runs_that_share_no_seed_and_a_comparison_of_triggers_half_made_end_no_r
     (tmp_path / "growth-alexnet.json").write_text(json.dumps({"fixed-16-seed0": {}}))
     report.findings(collect(tmp_path), tmp_path)
 
-def test_a_run_that_diverged_ends_no_report(tmp_path):
-    for seed in range(4):
-        for schedule in ("adabatch", "fixed"):
-            path = make(tmp_path, seed, dataset="cifar10", epochs=20, every=4, schedule=schedule)
+def diverge(path):
     r = record.load(path)
     rows = [{name: values[0] for name, values in r.arrays.items()}]
     record.save(path, rows, r.config, r.environment, "diverged")
+
+def test_runs_that_diverged_end_no_report(tmp_path):
+    for seed in range(4):
+        for schedule in ("adabatch", "fixed"):
+            path = make(tmp_path, seed, dataset="cifar10", epochs=20, every=4, schedule=schedule)
+    diverge(path)
+    diverge(make(tmp_path, dataset="cifar10", epochs=20, every=4, batch_size=4096))
     evidence = collect(tmp_path)
     assert "not decided" in report.results(evidence, str(tmp_path))
     assert report.plot_differences(evidence, comparisons(evidence))
+    assert report.plot_frontier(evidence)
 
 def test_no_notebook_is_removed_where_none_can_be_made(tmp_path, monkeypatch):
     notebook = make(tmp_path).with_suffix(".ipynb")
