@@ -288,12 +288,12 @@ def _several_devices(model):
 _alexnet = partial(Experiment, "alexnet", "cifar10")
 _fifth = partial(_alexnet, epochs=20, every=4)
 CONTROLS = {  # what each changes -> the experiment and how many seeds; in order of information for the computing time
-    "39 epochs": (_alexnet("fixed", epochs=39, every=8), 4),
+    "39 epochs, early decay": (_alexnet("fixed", epochs=39, every=8), 4),
     "39 epochs, late decay": (_alexnet("fixed", epochs=39, milestones="27,30,33,36"), 4),
+    "constant batch": (_alexnet("fixed", 640, lr=0.025), 4),
     "constant batch, 20 epochs": (_fifth("fixed", 640, lr=0.025), 4),
     "decay without growth, 20 epochs": (_fifth("fixed", lr_decay=0.75), 4),
     "growth with full decay, 20 epochs": (_fifth(lr_decay=0.375), 4),
-    "constant batch": (_alexnet("fixed", 640, lr=0.025), 4),
     "decay without growth": (_alexnet("fixed", lr_decay=0.75), 2),
     "growth with full decay": (_alexnet(lr_decay=0.375), 2),
     "scaled rate": (_alexnet("fixed", 4096, warmup_epochs=5), 2),

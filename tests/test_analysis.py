@@ -140,7 +140,7 @@ def test_controls_are_compared_with_adabatch(tmp_path):
     for role, difference in (("adaptive", 6), ("small", 5.8)):
         v = compare_control(evidence, "constant batch", role)
         assert (v.word, v.early, v.runs) == ("holds", True, (1, 1)) and v.difference == pytest.approx(difference)
-    assert compare_control(evidence, "39 epochs").word == "not decided"
+    assert compare_control(evidence, "39 epochs, early decay").word == "not decided"
 
 def test_a_scaled_rate_is_judged_by_the_spread_of_large_batches(tmp_path):
     for seed in range(4):
