@@ -51,6 +51,11 @@ def test_a_sentence_that_no_longer_fits_is_left_out(tmp_path):
         make(tmp_path, error=error, dataset="cifar100", schedule=schedule)
     (found,) = report.findings(collect(tmp_path), tmp_path)
     assert found.fits and "20.9 % against 20.5 % for the small batch, but 1 pair do" in found.text
+    for seed in range(4):
+        make(tmp_path, seed, 60 + seed / 10, dataset="cifar100")
+        make(tmp_path, seed, 60.2 + seed / 9, dataset="cifar100", schedule="adabatch")
+    (found,) = report.findings(collect(tmp_path), tmp_path)
+    assert found.fits and "CIFAR-10 and of CIFAR-100" in found.text and found.text.count("4 pairs") == 2
     make(tmp_path, 3, 23.0, dataset="cifar10", schedule="adabatch")
     (found,) = report.findings(collect(tmp_path), tmp_path)
     assert not found.fits and report.answers(collect(tmp_path), tmp_path).startswith("Nothing was run yet")
