@@ -143,7 +143,7 @@ def test_two_nodes_are_spoken_of_as_far_as_rounds_agree(tmp_path, speed_ups, rou
              for rate, gain in zip(rates, speed_ups)]
     gains.append(dict(network="resnet20", rate=100, seen=[1.0, 1.02]))
     (tmp_path / "network.json").write_text(json.dumps(dict(gains=gains)))
-    assert ("Between two nodes" in report.answers(collect(tmp_path), tmp_path)) == said
+    assert ("emulation of two nodes" in report.answers(collect(tmp_path), tmp_path)) == said
 
 def test_epochs_that_both_arms_share_are_counted(tmp_path):
     make(tmp_path)
