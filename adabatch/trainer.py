@@ -485,6 +485,15 @@ def _check_parts(model, optimizer, precision, micro_batch, test_metrics):
                          "loop with a Plan and its lr_scheduler")
 
 # %% ../nbs/07_trainer.ipynb #f27a9ced
+def _as_asked(batches, asked):
+    "The batches of these slices. ValueError for one that is missing or of another size: data may be of one's own."
+    for start, stop in asked:
+        x, y = next(batches, ((), ()))
+        if not len(x) == len(y) == stop - start:
+            raise WrongValue(f"train_batches was asked for samples {start} to {stop}, and gave {len(x)} images and "
+                             f"{len(y)} targets")
+        yield x, y
+
 class EpochLoop:
     "Trains epoch after epoch, in this process as one of several."
     def __init__(self,
@@ -574,8 +583,8 @@ class EpochLoop:
         sizes = [self.micro_batch.find(update.batch_size, state.oom_limit)[0] for update in left]
         for size in dict.fromkeys(sizes): state.divided(self.world.size, size)
         parts = [self.micro_batch.part(update, size) for update, size in zip(left, sizes)]
-        drawn = self.data.draw(self.seed, state.epoch)
-        batches = iter(self.data.train_batches(drawn, [micro for slices, _ in parts for micro in slices]))
+        drawn, asked = self.data.draw(self.seed, state.epoch), [micro for slices, _ in parts for micro in slices]
+        batches = _as_asked(iter(self.data.train_batches(drawn, asked)), asked)
         source = np.random.SeedSequence([self.seed, state.epoch, self.world.rank])
         seeds = source.generate_state(len(updates), np.uint64)
         for update, (slices, weight) in zip(left, parts):

@@ -281,6 +281,21 @@ def test_names_of_a_row_are_taken():
     row = trainer(GROWING, noise_every=1).fit()[0]
     assert {name for name in row if not name.endswith(("_seconds", "_slowest"))} == {*engine._ROW}
 
+class Short(Watched):
+    "Gives the batches asked for until the last, of which it lacks a part, or all."
+    def __init__(self, most):
+        super().__init__(SAMPLES)
+        self.most = most
+
+    def train_batches(self, drawn, slices):
+        *whole, (start, _) = slices
+        yield from super().train_batches(drawn, whole + [(start, start + self.most)] * (self.most > 0))
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_data_that_gives_fewer_samples_than_asked_for(most):
+    with pytest.raises(ValueError, match=f"and gave {most} images and {most} targets"):
+        trainer(fixed(64, lr=0.1, epochs=1), data=Short(most)).fit()
+
 def test_precisions_run():
     bf16, fp32 = (trainer(GROWING, precision=p).fit()[-1]["train_loss"] for p in ("bf16", "fp32"))
     assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=0.1)
