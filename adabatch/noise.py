@@ -184,7 +184,7 @@ class NoiseScale:
 
     def exchanged(self, samples: int):  # in the shard of each process, the same in all
         """Call after the backward pass that exchanges the gradients of an update, on all processes. A single one says
-        nothing. ValueError without `watch`, or for shards of different sizes."""
+        nothing. Waits for the device. ValueError without `watch`, or for shards of different sizes."""
         if not isinstance(self._squares, torch.Tensor): raise WrongValue("no gradients seen: call watch(ddp) first")
         if _processes() < 2: return
         pieces = dist.get_world_size()

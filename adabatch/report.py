@@ -365,9 +365,9 @@ def _draw_frontier(ax, evidence, c):
     edge, places = 0.95, {"left": [], "right": []}
     for mean, errors, updates, name in arms:
         color = {"AdaBatch": "C0", "small batch": "C1", "large batch": "C2"}.get(name, "C3")
-        text = f"{mean:.1f} % (n={len(errors)})"
+        many = mean > highest and len(errors) > 1  # off the scale, where no bar shows their range
+        text = (f"{min(errors):.1f} to {max(errors):.1f}" if many else f"{mean:.1f}") + f" % (n={len(errors)})"
         if mean > highest:
-            if len(errors) > 1: text = f"{min(errors):.1f} to {text.replace(f'{mean:.1f}', f'{max(errors):.1f}')}"
             at = dict(xycoords=ax.get_xaxis_transform(), textcoords="offset points", va="center", fontsize=9)
             ax.plot(updates, edge, "^", color=color, transform=ax.get_xaxis_transform())
             ax.annotate(f"{name}: {text}, off the scale", (updates, edge), (9, 0), color=color, **at)
@@ -678,9 +678,9 @@ def _decay(evidence):
             f"batch at {ends[1]:.1f} % and AdaBatch at {ends[2]:.1f} %; by 0.1875, AdaBatch at {ends[3]:.1f} %. Only "
             "at 0.375 were both run, and there they end alike; where the learning rate itself falls alike, the growing "
             f"batch ends higher, by {-slow.difference:.1f} ({_of(slow)}) and {fast.difference:.1f} points "
-            f"({_of(fast)}). Over 100 epochs the "
-            f"other decay is better for neither: {whole[0].difference:+.1f} points for the small batch ({whole[0].n}, "
-            f"not decided), {whole[1].difference:+.1f} for AdaBatch ({_of(whole[1])}).")
+            f"({_of(fast)}). Over 100 epochs the other decay is better for neither: {whole[0].difference:+.1f} points "
+            f"for the small batch ({whole[0].n}, not decided), {whole[1].difference:+.1f} for AdaBatch "
+            f"({_of(whole[1])}).")
     detail = (f"Intervals: with a decay of 0.75 {_difference(slow)} for the small batch minus AdaBatch, with 0.375 "
               f"{_difference(fast)} for the reverse; over 100 epochs {_difference(whole[0])} and "
               f"{_difference(whole[1])}.")
@@ -749,10 +749,9 @@ def _network(output_dir):
     fast, medians = [gains[rate] for rate in (1000, 10_000, 0)], [np.median(seen) for seen in others]
     range_ = " to ".join(f"{end(map(np.median, fast)):.1f}" for end in (min, max))
     text = (f"**In an emulation of two nodes AlexNet is trained {np.median(gains[100]):.1f} times as fast at "
-            f"100 Mbit/s, {range_} "
-            f"times ({min(map(min, fast)):.2f} to {max(map(max, fast)):.2f} in single rounds) from 1 Gbit/s on; for "
-            "ResNet-20 and VGG19_BN no gain could be measured** (two or three rounds each, on a wire of limited rate "
-            "between two cores of one machine; AlexNet on made-up images).")
+            f"100 Mbit/s, {range_} times ({min(map(min, fast)):.2f} to {max(map(max, fast)):.2f} in single "
+            "rounds) from 1 Gbit/s on; for ResNet-20 and VGG19_BN no gain could be measured** (two or three rounds "
+            "each, on a wire of limited rate between two cores of one machine; AlexNet on made-up images).")
     rounds = [gain for seen in others for gain in seen]
     detail = (f"Medians and ranges at 100 Mbit/s, 1 Gbit/s, 10 Gbit/s and without a limit: "
               f"{', '.join(map(_rounds, (gains[100], *fast)))}; the last three overlap. The others (ResNet-20 at all "

@@ -657,14 +657,17 @@ def _resume(loop, saved):
     except KeyError:
         raise WrongValue("the checkpoint is of another version of adabatch: delete it or use a new path") from None
 
-def _check_options(optimizer, saved):
-    "ValueError unless both states have the same settings, but for the rate and those that say how to compute."
+def _check_optimizer(optimizer, saved):
+    "ValueError unless class and settings are those of the checkpoint, but for the rate and what says how to compute."
     others = {"params", "lr", "initial_lr", "foreach", "fused", "capturable", "differentiable"}
-    for now, before in zip(optimizer["param_groups"], saved["param_groups"]):
-        for name in sorted(now.keys() & before.keys() - others):
-            if now[name] != before[name]:
-                raise WrongValue(f"the checkpoint is of another model or optimizer ({name} {before[name]}, not "
-                                 f"{now[name]}): delete it or use a new path")
+    mine = type(optimizer).__name__
+    before = saved.get("optimizer_class", mine)  # older ones lack it
+    apart = [f"{before}, not {mine}"] if before != mine else []
+    for now, before in zip(optimizer.state_dict()["param_groups"], saved["optimizer"]["param_groups"]):
+        names = sorted(now.keys() & before.keys() - others)
+        apart += [f"{name} {before[name]}, not {now[name]}" for name in names if now[name] != before[name]]
+    if apart:
+        raise WrongValue(f"the checkpoint is of another model or optimizer ({apart[0]}): delete it or use a new path")
 
 def _restore(loop, saved):
     before, now = saved["samples"], loop.plan.samples
@@ -676,11 +679,7 @@ def _restore(loop, saved):
     loop.noise.load_state_dict(saved["noise"])
     if saved["plan"] != _updates(loop):
         raise WrongValue("the checkpoint is of another schedule or seed: delete it or use another path")
-    name = type(loop.optimizer).__name__
-    if (before := saved.get("optimizer_class", name)) != name:  # older ones lack it
-        raise WrongValue(f"the checkpoint is of another model or optimizer ({before}, not {name}): delete it or use a "
-                         "new path")
-    _check_options(loop.optimizer.state_dict(), saved["optimizer"])
+    _check_optimizer(loop.optimizer, saved)
     try:
         loop.model.load_state_dict(saved["model"])
         loop.optimizer.load_state_dict(saved["optimizer"])
